@@ -1,0 +1,114 @@
+"""The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
+
+An algorithm is four pure functions. `client_update` is written for one client; the engine maps it over a chunk with
+`torch.func.vmap`, sums the weighted messages over chunks and ranks, and hands their mean to `server_update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from vfl.local import Batches
+
+Tree = Any
+"""A tensor, or a (nested) tuple / NamedTuple of tensors; `()` is the empty one."""
+
+
+class Message(NamedTuple):
+    """What one client sends."""
+
+    payload: Tree  # averaged over the cohort; a tensor [D] or a NamedTuple of tensors
+    weight: Tensor  # [] ≥ 0; the weight of this client in the mean
+    bits: Tensor  # [] float; uplink size
+
+
+class Mean(NamedTuple):
+    """What the server receives from a cohort S."""
+
+    payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ (zero when no weight came in)
+    weight: Tensor  # [] Σ wᵢ
+    count: Tensor  # [] |S|
+
+
+class Metrics(NamedTuple):
+    """What one client reports about its local work; never averaged into the model, except the module's buffers."""
+
+    loss: Tensor  # [] sum of the training loss over the examples visited
+    gradients: Tensor  # [] sample-gradients computed
+    buffers: tuple[Tensor, ...] = ()  # the module's buffers after the work (batch-norm statistics)
+    extra: Mapping[str, Tensor] = {}  # noqa: RUF012  named scalars []; the cohort's mean is reported
+
+
+class Server(Protocol):
+    """Any NamedTuple of tensors with the model in its field `x`."""
+
+    @property
+    def x(self) -> Tensor: ...  # [D]
+
+
+class InitServer(Protocol):
+    """The server's state before the first round."""
+
+    def __call__(self, x: Tensor, /) -> Any: ...
+
+
+class InitClient(Protocol):
+    """A client's state before it first takes part; `()` when it keeps none. `x` is the initial model [D]."""
+
+    def __call__(self, x: Tensor, /) -> Tree: ...
+
+
+class ClientUpdate(Protocol):
+    """One client's round: (server, client state, its batches, a random key []) → (message, client state, metrics)."""
+
+    def __call__(
+        self, server: Any, client: Tree, batches: Batches, key: Tensor, /
+    ) -> tuple[Message, Tree, Metrics]: ...
+
+
+class ServerUpdate(Protocol):
+    """The server's step: (server, mean of the messages, a random key []) → (server, named scalars to report)."""
+
+    def __call__(self, server: Any, mean: Mean, key: Tensor, /) -> tuple[Any, Mapping[str, Tensor]]: ...
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm. Every function is pure, and every array may carry a vmap axis."""
+
+    init_server: InitServer
+    init_client: InitClient
+    client_update: ClientUpdate
+    server_update: ServerUpdate
+
+
+def stateless(x: Tensor, /) -> Tree:
+    """`init_client` of an algorithm whose clients remember nothing."""
+    return ()
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_map(function: Any, *trees: Tree) -> Tree:
+    """`function` applied leaf by leaf to trees of one shape."""
+    return pytree.tree_map(function, *trees)
+
+
+def named_leaves(tree: Tree) -> dict[str, Tensor]:
+    """The tensors of a tree by their path, `opt.m` for the field m of the field opt."""
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    return {".".join(_entry(part) for part in path): leaf for path, leaf in paths}
+
+
+def _entry(part: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
