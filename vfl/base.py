@@ -1,7 +1,8 @@
 """The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
 
-An algorithm is four pure functions. `client_update` is written for one client; the engine maps it over a chunk with
-`torch.func.vmap`, sums the weighted messages over chunks and ranks, and hands their mean to `server_update`.
+An algorithm is five pure functions. What a client may know of the server is what `broadcast` sends. `client_update` is
+written for one client; the engine maps it over a chunk with `torch.func.vmap`, sums the weighted messages over chunks
+and ranks, and hands their mean to `server_update`.
 """
 
 from __future__ import annotations
@@ -27,19 +28,27 @@ class Message(NamedTuple):
     bits: Tensor  # [] float; uplink size
 
 
+class Broadcast(NamedTuple):
+    """What the server sends to every client of a cohort."""
+
+    content: Tree  # all that a client may know of the server
+    bits: Tensor  # [] float64; downlink size for one client
+
+
 class Mean(NamedTuple):
     """What the server receives from a cohort S."""
 
     payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ (zero when no weight came in)
     weight: Tensor  # [] Σ wᵢ
-    count: Tensor  # [] |S|
+    count: Tensor  # [] how many clients are in it: |S| without those that have no data or were dropped
 
 
 class Metrics(NamedTuple):
     """What one client reports about its local work; never averaged into the model, except the module's buffers."""
 
     loss: Tensor  # [] sum of the training loss over the examples visited
-    gradients: Tensor  # [] sample-gradients computed
+    examples: Tensor  # [] how many visits that sum holds
+    gradients: Tensor  # [] sample-gradients computed, wherever and for whatever
     buffers: tuple[Tensor, ...] = ()  # the module's buffers after the work (batch-norm statistics)
     extra: Mapping[str, Tensor] = {}  # noqa: RUF012  named scalars []; the cohort's mean is reported
 
@@ -63,11 +72,17 @@ class InitClient(Protocol):
     def __call__(self, x: Tensor, /) -> Tree: ...
 
 
+class SendModel(Protocol):
+    """What the server tells its clients this round: (server, a random key []) → broadcast."""
+
+    def __call__(self, server: Any, key: Tensor, /) -> Broadcast: ...
+
+
 class ClientUpdate(Protocol):
-    """One client's round: (server, client state, its batches, a random key []) → (message, client state, metrics)."""
+    """One client's round: (what was sent, client state, its batches, a key []) → (message, client state, metrics)."""
 
     def __call__(
-        self, server: Any, client: Tree, batches: Batches, key: Tensor, /
+        self, sent: Any, client: Tree, batches: Batches, key: Tensor, /
     ) -> tuple[Message, Tree, Metrics]: ...
 
 
@@ -82,6 +97,7 @@ class Algorithm(NamedTuple):
 
     init_server: InitServer
     init_client: InitClient
+    broadcast: SendModel
     client_update: ClientUpdate
     server_update: ServerUpdate
 

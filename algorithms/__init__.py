@@ -1,0 +1,1 @@
+"""One file an algorithm, each built on vfl's public names alone."""

@@ -1,0 +1,97 @@
+"""FedAvg (McMahan et al., arXiv 1602.05629) with any server optimizer (FedOpt: Reddi et al., arXiv 2003.00295).
+
+Client: y ← x, then K steps y ← y − η g(y); it sends Δ = y − x with weight n.
+Server: x ← ServerOpt(x, −Σ n Δ / Σ n, γ); plain sgd with γ = 1 gives the mean of the clients' models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import vfl
+from torch import Tensor
+
+
+class Server(NamedTuple):
+    """The server's state."""
+
+    x: Tensor  # [D] the model
+    opt: vfl.Tree  # the server optimizer's memory
+    t: Tensor  # [] rounds done
+
+
+def fedavg(
+    config: vfl.LocalTraining,
+    task: vfl.Task,
+    corrected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> vfl.Algorithm:
+    """FedAvg whose local steps descend `corrected(g, y, x)` in place of the gradient g at the local model y."""
+
+    def init_server(x: Tensor) -> Server:
+        return Server(x, config.server_init(task, x), x.new_zeros(()))
+
+    def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
+        return config.broadcast(server.x, server.t)
+
+    def client_update(
+        sent: vfl.ModelAndRate, client: tuple[()], batches: vfl.Batches, key: Tensor
+    ) -> tuple[vfl.Message, tuple[()], vfl.Metrics]:
+        x = sent.x
+        direction = None if corrected is None else lambda g, y: corrected(g, y, x)
+        y, metrics = config.train(task, sent, batches, direction)
+        return vfl.message(y - x, config.weight(batches)), client, metrics
+
+    def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
+        x, opt = config.server_step(task, mean.payload, server.opt, server.x, server.t)
+        return Server(x, opt, server.t + 1), {}
+
+    return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(vfl.LocalTraining):
+    """FedAvg: local SGD, the server takes the weighted mean (McMahan et al., 1602.05629)."""
+
+    def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
+        """The algorithm for this task."""
+        return fedavg(self, task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgM(FedAvg):
+    """FedAvg with server momentum (Hsu et al., 1909.06335)."""
+
+    server_optimizer: str = "sgd:momentum=0.9"
+    """Server optimizer on the pseudo-gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAdagrad(FedAvg):
+    """FedAvg with Adagrad on the server, τ = 1e-3 (Reddi et al., 2003.00295, Algorithm 2)."""
+
+    server_lr: float = 0.1
+    """Server step size."""
+    server_optimizer: str = "adagrad:eps=1e-3,initial_v=1e-6"
+    """Server optimizer on the pseudo-gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAdam(FedAvg):
+    """FedAvg with Adam on the server, without bias correction, τ = 1e-3 (Reddi et al., 2003.00295, Algorithm 2)."""
+
+    server_lr: float = 0.01
+    """Server step size."""
+    server_optimizer: str = "adam:b2=0.99,eps=1e-3,bias_correction=false,initial_v=1e-6"
+    """Server optimizer on the pseudo-gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedYogi(FedAvg):
+    """FedAvg with Yogi on the server, τ = 1e-3 (Reddi et al., 2003.00295, Algorithm 2)."""
+
+    server_lr: float = 0.01
+    """Server step size."""
+    server_optimizer: str = "yogi:b2=0.99"
+    """Server optimizer on the pseudo-gradient."""

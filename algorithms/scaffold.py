@@ -1,0 +1,92 @@
+"""SCAFFOLD (Karimireddy et al., arXiv 1910.06378, Algorithm 1). N clients, S the cohort, K local steps.
+
+Client: y ← x, then K steps y ← y − η (g(y) − cᵢ + c); then its new control variate is
+    option I:   cᵢ⁺ = ∇fᵢ(x),   option II:   cᵢ⁺ = cᵢ − c + (x − y)/(K η);
+it sends Δy = y − x and Δc = cᵢ⁺ − cᵢ.
+Server: x ← x + γ mean_S Δy,   c ← c + |S|/N mean_S Δc, so that c stays the mean of all clients' cᵢ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import vfl
+from torch import Tensor
+
+
+class Server(NamedTuple):
+    """The server's state."""
+
+    x: Tensor  # [D] the model
+    c: Tensor  # [D] the control variate, (1/N) Σ cᵢ
+    opt: vfl.Tree  # the server optimizer's memory
+    t: Tensor  # [] rounds done
+
+
+class Sent(NamedTuple):
+    """What the server sends."""
+
+    x: Tensor  # [D]
+    c: Tensor  # [D]
+    lr: Tensor  # [] η of this round
+
+
+class Delta(NamedTuple):
+    """What a client sends."""
+
+    y: Tensor  # [D] change of the model
+    c: Tensor  # [D] change of the client's control variate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaffold(vfl.LocalTraining):
+    """SCAFFOLD: control variates correct the drift of local steps (Karimireddy et al., 1910.06378)."""
+
+    option: Literal[1, 2] = 2
+    """How a client renews its control variate: 1 by its full gradient at the model sent, 2 from its own steps."""
+    weighting: Literal["examples", "uniform", "steps"] = "uniform"
+    """A client's weight in the mean; only uniform keeps c the mean of the clients' control variates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting != "uniform":
+            raise vfl.UsageError(f"scaffold averages its clients uniformly, so weighting cannot be {self.weighting!r}")
+        if self.option == 2 and (self.local_optimizer != "sgd" or self.local_lr == 0):
+            raise vfl.UsageError(
+                "scaffold's option 2 reads the gradients off plain sgd steps, so it needs "
+                "local-optimizer sgd and local-lr above 0; use option 1 otherwise"
+            )
+
+    def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
+        """The algorithm for this task and N = population clients."""
+
+        def init_server(x: Tensor) -> Server:
+            return Server(x, x.new_zeros(x.shape), self.server_init(task, x), x.new_zeros(()))
+
+        def init_client(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape)
+
+        def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
+            (x, lr), _ = self.broadcast(server.x, server.t)
+            return vfl.Broadcast(Sent(x, server.c, lr), vfl.float_bits((x, server.c)))
+
+        def client_update(
+            sent: Sent, c_i: Tensor, batches: vfl.Batches, key: Tensor
+        ) -> tuple[vfl.Message, Tensor, vfl.Metrics]:
+            x, c, lr = sent
+            y, metrics = self.train(task, vfl.ModelAndRate(x, lr), batches, lambda g, y: g - c_i + c)
+            if self.option == 1:
+                c_new, cost = vfl.full_gradient(task.grad_fn, x, batches)
+                metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
+            else:
+                c_new = c_i - c + (x - y) / (batches.steps * lr)
+            return vfl.message(Delta(y - x, c_new - c_i), self.weight(batches)), c_new, metrics
+
+        def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
+            delta: Delta = mean.payload
+            x, opt = self.server_step(task, delta.y, server.opt, server.x, server.t)
+            c = server.c + mean.count / population * delta.c
+            return Server(x, c, opt, server.t + 1), {}
+
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)

@@ -1,0 +1,136 @@
+"""How many clients run at once: a number, or found by growing until memory or speed says stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vfl.errors import UsageError
+
+log = logging.getLogger("vfl")
+
+MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
+WORTH = 1.05  # a doubled chunk must be this much faster to be kept
+PADDING = 0.5  # a chunk ends where the next client has fewer steps than this share of its longest
+
+
+def parse_chunk(text: str | int | None) -> int | None:
+    """`auto` (None) or a count of at least 1."""
+    if text is None or text == "auto":
+        return None
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise UsageError(f"chunk must be 'auto' or a whole number of clients from 1, not {text!r}")
+
+
+class Memory:
+    """What is free and what is used on a device, in bytes; None where the system does not tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free(self) -> int | None:
+        """Bytes that can still be taken."""
+        if self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + cached
+        found = [_read("/proc/meminfo", "MemAvailable:", 1024)]
+        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+        if limit is not None and used is not None:
+            found.append(limit - used)
+        known = [f for f in found if f is not None]
+        return min(known) if known else None
+
+    def used(self) -> int | None:
+        """Bytes in use now; starts a new measurement of the peak on a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        return _read("/proc/self/status", "VmRSS:", 1024)
+
+    def peak(self) -> int | None:
+        """The most bytes ever in use (on a GPU, since `used`)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the kernels of the measured chunk must have run
+            return torch.cuda.max_memory_allocated(self.device)
+        return _read("/proc/self/status", "VmHWM:", 1024)
+
+
+class ChunkSize:
+    """The chunk size in force; `auto` starts small and doubles while memory allows it and it pays."""
+
+    def __init__(self, wanted: int | None, client_bytes: int, device: torch.device) -> None:
+        self.memory = Memory(device)
+        self.settled = wanted is not None
+        self.ceiling: int | None = None  # a size that ran out of memory is never tried again
+        free = self.memory.free()
+        first = 16 if free is None else int(min(max(MEMORY_SHARE * free / client_bytes, 1), 16))
+        self.size = wanted or first
+        self._best = (0.0, self.size)  # (local steps a second, size)
+
+    def take(self, counts: np.ndarray) -> int:
+        """How many of the remaining clients, with these step counts (descending) [n], form the next chunk."""
+        alike = int(np.searchsorted(-counts, -PADDING * counts[0], side="right"))
+        if not self.settled:
+            return min(self.size, alike)
+        chunks = -(-alike // self.size)
+        return -(-alike // chunks)  # equal chunks rather than a full one and a rest
+
+    def report(self, clients: int, steps: int, seconds: float, before: int | None) -> None:
+        """Learns from a finished chunk; `before` is the memory in use when it started."""
+        if self.settled or clients < self.size:
+            return
+        rate = steps / seconds
+        if rate < WORTH * self._best[0]:
+            self._settle(self._best[1])
+            return
+        self._best = (rate, clients)
+        free, peak = self.memory.free(), self.memory.peak()
+        if free is not None and peak is not None and before is not None:
+            # The peak may be an older one: then this overstates what a client takes, and growth stops early.
+            each = max(peak - before, 0) / clients
+            if 2 * clients * each > MEMORY_SHARE * free:
+                self._settle(clients)
+                return
+        if self.ceiling is not None and 2 * clients >= self.ceiling:
+            self._settle(clients)
+            return
+        self.size = 2 * clients
+
+    def halve(self, clients: int) -> bool:
+        """After running out of memory with so many clients: False when there is nothing left to halve."""
+        if clients <= 1:
+            return False
+        self.ceiling, self.size, self.settled = clients, clients // 2, True
+        log.warning("out of memory with %d clients at once; going on with %d", clients, self.size)
+        if self.memory.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def _settle(self, size: int) -> None:
+        self.size, self.settled = size, True
+        log.info("chunk auto: %d clients at once", size)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is an allocation that failed, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _read(path: str, label: str, unit: int) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(label):
+                return int(line.split()[1]) * unit
+    return None
+
+
+def _cgroup(name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int((Path("/sys/fs/cgroup") / name).read_text())  # "max" means no limit
+    return None

@@ -1,0 +1,73 @@
+"""The ranks of a run: who computes which client, and the one all-reduce a round."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """This process among all of the run's."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    def all_reduce(self, flat: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(flat)
+        return flat
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def launched(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun (or SLURM with its variables) started; a run of its own without one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(name: str) -> torch.device:
+    """The device that `auto | cpu | cuda | cuda:1` means for this rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
+        torch.cuda.set_device(device)
+    return device
+
+
+def assign(ids: np.ndarray, work: np.ndarray, owners: Mapping[int, int], world: int) -> np.ndarray:
+    """The rank of each client [S]: its owner where it has one, else the least loaded, longest work first."""
+    if world == 1:
+        return np.zeros(len(ids), dtype=np.int64)
+    rank = np.array([owners.get(i, -1) for i in ids.tolist()], dtype=np.int64)
+    load = np.bincount(rank[rank >= 0], work[rank >= 0], minlength=world)
+    for i in np.argsort(-work, kind="stable"):
+        if rank[i] < 0:
+            rank[i] = load.argmin()
+            load[rank[i]] += work[i]
+    return rank

@@ -1,0 +1,94 @@
+"""Functional stand-ins for the torch layers that a vmapped, masked client update cannot take as they are.
+
+Each reads what its torch original lacks from a buffer that the task swaps in for one call: batch norm the mask of the
+real examples (padding must not enter the statistics), dropout a random key (so that a client draws the same noise in
+any chunk and on any rank).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vfl import random
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch norm over the examples whose mask is true; equations, options and state names of `nn.BatchNorm*d`."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    mask: Tensor
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps, self.momentum = norm.eps, norm.momentum
+        self.weight, self.bias = norm.weight, norm.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+        self.register_buffer("mask", torch.ones((), dtype=torch.bool), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, ...]
+        over = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        if self.training or self.running_mean is None or self.running_var is None:
+            mask = self.mask.reshape([-1] + [1] * (x.dim() - 1)).to(x.dtype).expand(x.shape[0], *[1] * (x.dim() - 1))
+            count = mask.sum() * (x[0, 0].numel())
+            mean = (x * mask).sum(over) / count.clamp(min=1)
+            var = ((x - mean.reshape(shape)).square() * mask).sum(over) / count.clamp(min=1)
+            if self.training:
+                self._track(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach(), count)
+        else:
+            mean, var = self.running_mean, self.running_var
+        x = (x - mean.reshape(shape)) * (var.reshape(shape) + self.eps).rsqrt()
+        return x if self.weight is None else x * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        seen = count > 0  # a batch of padding alone leaves no trace
+        self.num_batches_tracked = self.num_batches_tracked + seen
+        a = 1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
+        self.running_mean = torch.where(seen, (1 - a) * self.running_mean + a * mean, self.running_mean)
+        self.running_var = torch.where(seen, (1 - a) * self.running_var + a * var, self.running_var)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout of entries (or of whole channels, as `nn.Dropout*d`) drawn from a key."""
+
+    key: Tensor
+
+    def __init__(self, p: float, channels: bool, index: int) -> None:
+        super().__init__()
+        self.p, self.channels, self.index = p, channels, index
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.p == 1:
+            return torch.zeros_like(x)
+        shape = [*x.shape[:2], *[1] * (x.dim() - 2)] if self.channels else x.shape
+        keep = random.bernoulli(random.fold_in(self.key, self.index), 1 - self.p, shape)
+        return x * keep / (1 - self.p)
+
+
+def functionalize(module: nn.Module) -> nn.Module:
+    """The module with every batch norm and dropout replaced, in place; the module itself when it is one."""
+    count = 0
+
+    def swap(layer: nn.Module) -> nn.Module:
+        nonlocal count
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return MaskedBatchNorm(layer)
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and not isinstance(
+            layer, (nn.AlphaDropout, nn.FeatureAlphaDropout)
+        ):
+            count += 1
+            return KeyedDropout(layer.p, not isinstance(layer, nn.Dropout), count)
+        for name, child in layer.named_children():
+            setattr(layer, name, swap(child))
+        return layer
+
+    return swap(module)

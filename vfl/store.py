@@ -1,0 +1,77 @@
+"""Client state: one row for each client that has taken part. R rows on this rank, ... the shape of one client's leaf."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from vfl.base import Tree, leaves, tree_map
+
+
+class Store:
+    """Rows of client state, allocated when a client first takes part and updated in place.
+
+    A client that never took part reads the template, `init_client(x⁰)`. Under several ranks each rank holds the rows
+    of the clients it owns; `owners` knows them all. In-place rows are the one mutable thing of a run: a copy of all
+    clients' states each round would cost more than the round.
+    """
+
+    def __init__(self, template: Tree, place: torch.device | str) -> None:
+        self.template = tree_map(lambda leaf: leaf.detach().to(place), template)
+        self.place = torch.device(place)
+        self.row: dict[int, int] = {}
+        self.owners: dict[int, int] = {}
+        self._rows = [leaf.new_empty((0, *leaf.shape)) for leaf in leaves(self.template)]
+
+    @property
+    def empty(self) -> bool:
+        """Whether clients of this algorithm keep nothing at all."""
+        return not self._rows
+
+    def gather(self, ids: np.ndarray, device: torch.device) -> Tree:
+        """The states of these clients, stacked [len(ids), ...], on the device."""
+        if self.empty:
+            return self.template
+        at = torch.tensor([self.row.get(i, -1) for i in ids.tolist()], device=self.place)
+        stacked = []
+        for rows, first in zip(self._rows, leaves(self.template), strict=True):
+            taken = first.expand(len(ids), *first.shape).clone()
+            taken[at >= 0] = rows[at[at >= 0]]
+            stacked.append(taken.to(device))
+        return pytree.tree_unflatten(stacked, pytree.tree_structure(self.template))
+
+    def scatter(self, ids: np.ndarray, states: Tree, keep: Tensor) -> None:
+        """Writes the states [len(ids), ...] of the clients for which keep [len(ids)] is true."""
+        if self.empty or not len(ids):
+            return
+        kept = keep.to(self.place)
+        ids = ids[kept.cpu().numpy()]
+        for i in ids.tolist():
+            self.row.setdefault(i, len(self.row))
+        self._reserve(len(self.row))
+        at = torch.tensor([self.row[i] for i in ids.tolist()], dtype=torch.int64, device=self.place)
+        for rows, new in zip(self._rows, leaves(states), strict=True):
+            rows[at] = new.detach().to(self.place)[kept]
+
+    def rows(self) -> tuple[np.ndarray, list[Tensor]]:
+        """The ids [R] that have a row on this rank, ascending, and their leaves [R, ...]."""
+        ids = np.array(sorted(self.row), dtype=np.int64)
+        at = torch.tensor([self.row[i] for i in ids.tolist()], dtype=torch.int64, device=self.place)
+        return ids, [rows[at] for rows in self._rows]
+
+    def load(self, ids: np.ndarray, states: list[Tensor], rank: int, world: int) -> None:
+        """Takes over saved rows [R, ...]: every world-th of them is this rank's."""
+        self.owners = {i: n % world for n, i in enumerate(ids.tolist())}
+        mine = np.arange(rank, len(ids), world)
+        tree = pytree.tree_unflatten([s[mine] for s in states], pytree.tree_structure(self.template))
+        self.scatter(ids[mine], tree, torch.ones(len(mine), dtype=torch.bool))
+
+    def _reserve(self, count: int) -> None:
+        """Grows by doubling, so that taking in clients one by one copies each row O(1) times."""
+        for n, rows in enumerate(self._rows):
+            if len(rows) < count:
+                grown = rows.new_empty((max(count, 2 * len(rows)), *rows.shape[1:]))
+                grown[: len(rows)] = rows
+                self._rows[n] = grown

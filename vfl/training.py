@@ -1,0 +1,93 @@
+"""The options that every local-update method shares, and what they mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vfl.base import Algorithm, Broadcast, Metrics, Tree
+from vfl.errors import UsageError
+from vfl.local import Batches, Direction, descend, float_bits
+from vfl.optimizers import optimizer
+from vfl.schedules import schedule
+from vfl.task import Task
+
+
+class AlgorithmConfig(Protocol):
+    """What an entry point of `vfl.algorithms` names: a dataclass of options that builds the algorithm."""
+
+    def build(self, task: Task, population: int) -> Algorithm:
+        """The algorithm for this task and N = population clients."""
+        ...
+
+
+class ModelAndRate(NamedTuple):
+    """What the server of a local-update method sends."""
+
+    x: Tensor  # [D] the model
+    lr: Tensor  # [] this round's client step size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """Clients take local steps, the server takes a step along their mean change."""
+
+    local_lr: float = 0.1
+    """Client step size η."""
+    local_optimizer: str = "sgd"
+    """Client optimizer, fresh in every round: sgd, adam, adamw, yogi, adagrad, rmsprop, lamb, lars (sgd:momentum=0.9)."""
+    local_schedule: str = "constant"
+    """Factor on the client step size, by round: constant, step, multistep, cosine, exponential, linear (cosine:100)."""
+    clip_norm: float | None = None
+    """Largest norm of a local gradient; longer ones are scaled down to it."""
+    weighting: Literal["examples", "uniform", "steps"] = "examples"
+    """A client's weight in the mean: its number of examples, 1, or its number of local steps."""
+    server_lr: float = 1.0
+    """Server step size γ; 1 with plain sgd takes the clients' weighted mean as the new model."""
+    server_optimizer: str = "sgd"
+    """Server optimizer on the pseudo-gradient (see local-optimizer for the names)."""
+    server_schedule: str = "constant"
+    """Factor on the server step size, by round (see local-schedule)."""
+
+    def __post_init__(self) -> None:
+        for name in ("local_lr", "server_lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"{name.replace('_', '-')} must be a finite number ≥ 0, not {value}")
+        if self.weighting not in ("examples", "uniform", "steps"):
+            raise UsageError(f"weighting must be examples, uniform or steps, not {self.weighting!r}")
+        for spec in (self.local_optimizer, self.server_optimizer):
+            optimizer(spec)
+        for spec in (self.local_schedule, self.server_schedule):
+            schedule(spec)
+
+    def broadcast(self, x: Tensor, t: Tensor) -> Broadcast:
+        """Sends the model x [D] with the step size of round t []; the model alone counts as downlink."""
+        return Broadcast(ModelAndRate(x, self.local_lr * schedule(self.local_schedule)(t).to(x.dtype)), float_bits(x))
+
+    def train(
+        self, task: Task, sent: ModelAndRate, batches: Batches, direction: Direction | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """The local model y [D] after the client's steps from sent.x, and their metrics."""
+        local = optimizer(self.local_optimizer, task.sizes)
+        return descend(
+            task.grad_fn, sent.x, batches, local, sent.lr, direction=direction, max_norm=self.clip_norm
+        )
+
+    def weight(self, batches: Batches) -> Tensor:
+        """The client's weight [] in the mean."""
+        one = torch.ones((), dtype=batches.dtype, device=batches.steps.device)
+        return one * {"examples": batches.examples, "steps": batches.steps, "uniform": 1}[self.weighting]
+
+    def server_init(self, task: Task, x: Tensor) -> Tree:
+        """The server optimizer's state."""
+        return optimizer(self.server_optimizer, task.sizes).init(x)
+
+    def server_step(self, task: Task, delta: Tensor, opt: Tree, x: Tensor, t: Tensor) -> tuple[Tensor, Tree]:
+        """One step of the server optimizer on the pseudo-gradient −delta [D] (Reddi et al., 2003.00295): x⁺, state⁺."""
+        lr = self.server_lr * schedule(self.server_schedule)(t).to(x.dtype)
+        return optimizer(self.server_optimizer, task.sizes).step(-delta, opt, x, lr)
