@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import vfl
 from torch import Tensor
+
+import vfl
 
 
 class Server(NamedTuple):
@@ -25,9 +26,9 @@ class Server(NamedTuple):
 def fedavg(
     config: vfl.LocalTraining,
     task: vfl.Task,
-    corrected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    corrected: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda g, y, x: g,
 ) -> vfl.Algorithm:
-    """FedAvg whose local steps descend `corrected(g, y, x)` in place of the gradient g at the local model y."""
+    """FedAvg whose local steps descend `corrected(g, y, x)` where g is the gradient at the local model y."""
 
     def init_server(x: Tensor) -> Server:
         return Server(x, config.server_init(task, x), x.new_zeros(()))
@@ -38,10 +39,8 @@ def fedavg(
     def client_update(
         sent: vfl.ModelAndRate, client: tuple[()], batches: vfl.Batches, key: Tensor
     ) -> tuple[vfl.Message, tuple[()], vfl.Metrics]:
-        x = sent.x
-        direction = None if corrected is None else lambda g, y: corrected(g, y, x)
-        y, metrics = config.train(task, sent, batches, direction)
-        return vfl.message(y - x, config.weight(batches)), client, metrics
+        y, metrics = config.train(task, sent, batches, lambda g, y: corrected(g, y, sent.x))
+        return vfl.message(y - sent.x, config.weight(batches)), client, metrics
 
     def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
         x, opt = config.server_step(task, mean.payload, server.opt, server.x, server.t)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import vfl
 from torch import Tensor
+
+import vfl
 
 
 class Server(NamedTuple):
@@ -86,7 +87,7 @@ class Scaffold(vfl.LocalTraining):
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             delta: Delta = mean.payload
             x, opt = self.server_step(task, delta.y, server.opt, server.x, server.t)
-            c = server.c + mean.count / population * delta.c
+            c = server.c + mean.clients / population * delta.c
             return Server(x, c, opt, server.t + 1), {}
 
         return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)

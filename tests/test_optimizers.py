@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from vfl.base import leaves, tree_map
 from vfl.errors import UsageError
 from vfl.optimizers import OPTIMIZERS, clip_norm, optimizer
 
 D, STEPS, LR = 7, 20, 0.03
 SIZES = [4, 1, 2]
-NEAR = {"rtol": 1e-12, "atol": 1e-12}
 
 SPECS = [
     "sgd",
@@ -38,6 +38,10 @@ SPECS = [
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
+
+
+def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def ours(spec: str, x: np.ndarray, gradients: np.ndarray, lr: float | Tensor = LR, sizes=None) -> np.ndarray:
@@ -87,7 +91,7 @@ def test_optimizer_takes_the_steps_of_torch_optim(spec: str, make: Callable[...,
     for g in torch.from_numpy(gradients):
         parameter.grad = g.clone()
         theirs.step()
-    np.testing.assert_allclose(ours(spec, x, gradients), parameter.detach().numpy(), **NEAR)
+    assert_near(ours(spec, x, gradients), parameter.detach().numpy())
 
 
 def fedopt(second: Callable, x: np.ndarray, gradients: np.ndarray, b1: float, tau: float) -> np.ndarray:
@@ -115,7 +119,7 @@ def fedopt(second: Callable, x: np.ndarray, gradients: np.ndarray, b1: float, ta
 )
 def test_fedadagrad_fedyogi_and_fedadam_follow_algorithm_2(spec: str, second: Callable, b1: float) -> None:
     x, gradients = numbers(D), numbers(STEPS, D, seed=1)
-    np.testing.assert_allclose(ours(spec, x, gradients), fedopt(second, x, gradients, b1, 1e-3), **NEAR)
+    assert_near(ours(spec, x, gradients), fedopt(second, x, gradients, b1, 1e-3))
 
 
 def test_yogi_lets_a_large_second_moment_fall_by_the_gradient_and_not_by_its_share() -> None:
@@ -124,7 +128,7 @@ def test_yogi_lets_a_large_second_moment_fall_by_the_gradient_and_not_by_its_sha
     for g in gradients:
         m, v = 0.9 * m + 0.1 * g, v - 0.001 * g**2
         y = y - LR * m / (np.sqrt(v) + 1e-3)
-    np.testing.assert_allclose(ours("yogi:initial_v=2", x, gradients), y, **NEAR)
+    assert_near(ours("yogi:initial_v=2", x, gradients), y)
 
 
 @pytest.mark.parametrize("sizes", [None, SIZES])
@@ -137,7 +141,7 @@ def test_lamb_follows_algorithm_2_layer_by_layer(sizes: list[int] | None) -> Non
         r = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)
         layers = zip(np.split(y, cuts), np.split(r + 0.01 * y, cuts), strict=True)
         y = np.concatenate([w - LR * np.linalg.norm(w) / np.linalg.norm(u) * u for w, u in layers])
-    np.testing.assert_allclose(ours("lamb", x, gradients, sizes=sizes), y, **NEAR)
+    assert_near(ours("lamb", x, gradients, sizes=sizes), y)
 
 
 @pytest.mark.parametrize("sizes", [None, SIZES])
@@ -145,7 +149,7 @@ def test_lamb_follows_algorithm_2_layer_by_layer(sizes: list[int] | None) -> Non
 def test_lars_follows_algorithm_1_layer_by_layer(sizes: list[int] | None, momentum: float) -> None:
     x, gradients = numbers(D), numbers(STEPS, D, seed=1)
     cuts = np.cumsum(sizes or [D])[:-1]
-    layers, memory = np.split(x, cuts), [0.0] * (len(cuts) + 1)
+    layers, memory = np.split(x, cuts), [np.zeros(1)] * (len(cuts) + 1)
     for t, g in enumerate(gradients):
         rate = LR / (1 + t)  # a changing rate shows that it belongs inside the momentum
         for i, (w, part) in enumerate(zip(layers, np.split(g, cuts), strict=True)):
@@ -157,15 +161,15 @@ def test_lars_follows_algorithm_1_layer_by_layer(sizes: list[int] | None, moment
     state = opt.init(y)
     for t, g in enumerate(torch.from_numpy(gradients)):
         y, state = opt.step(g, state, y, LR / (1 + t))
-    np.testing.assert_allclose(y.numpy(), np.concatenate(layers), **NEAR)
+    assert_near(y.numpy(), np.concatenate(layers))
 
 
-@pytest.mark.parametrize(("spec", "step"), [("lamb:weight_decay=0", 1.0), ("lars", 1.0)])
-def test_a_layer_of_zeros_moves_with_trust_ratio_one(spec: str, step: float) -> None:
+@pytest.mark.parametrize("spec", ["lamb", "lars"])
+def test_a_layer_of_zeros_moves_with_trust_ratio_one(spec: str) -> None:
     opt = optimizer(spec, SIZES)
     x = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     y, _ = opt.step(torch.ones_like(x), opt.init(x), x, LR)
-    torch.testing.assert_close(y[:4], torch.full((4,), -LR * step, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y[:4], torch.full((4,), -LR, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -185,7 +189,7 @@ def test_vmap_equals_a_loop_over_rows(spec: str) -> None:
     mapped = torch.func.vmap(client)(gradients, lr)
     rows = [client(g, r) for g, r in zip(gradients, lr, strict=True)]
     for i, row in enumerate(rows):
-        torch.testing.assert_close(torch.utils._pytree.tree_map(lambda leaf, i=i: leaf[i], mapped), row, **NEAR)
+        torch.testing.assert_close(tree_map(lambda leaf, i=i: leaf[i], mapped), row, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -199,7 +203,7 @@ def test_the_state_and_model_keep_their_dtype_whatever_the_rates_dtype(spec: str
         return opt.step(x, opt.init(x), x, lr)
 
     after = torch.func.vmap(one)(x, lr) if mapped else one(x[0], lr[0])
-    assert {leaf.dtype for leaf in torch.utils._pytree.tree_leaves(after)} == {torch.float32}
+    assert {leaf.dtype for leaf in leaves(after)} == {torch.float32}
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -207,9 +211,9 @@ def test_a_step_leaves_its_arguments_alone(spec: str) -> None:
     opt = optimizer(spec, SIZES)
     x, g = torch.from_numpy(numbers(D)), torch.from_numpy(numbers(D, seed=1))
     _, state = opt.step(g, opt.init(x), x, LR)
-    before = [leaf.clone() for leaf in torch.utils._pytree.tree_leaves((g, state, x))]
+    before = [leaf.clone() for leaf in leaves((g, state, x))]
     opt.step(g, state, x, LR)
-    for leaf, was in zip(torch.utils._pytree.tree_leaves((g, state, x)), before, strict=True):
+    for leaf, was in zip(leaves((g, state, x)), before, strict=True):
         assert torch.equal(leaf, was)
 
 
@@ -217,7 +221,7 @@ def test_a_step_leaves_its_arguments_alone(spec: str) -> None:
 def test_a_tensor_rate_and_a_number_take_the_same_steps(spec: str) -> None:
     x, gradients = numbers(D), numbers(STEPS, D, seed=1)
     rate = torch.tensor(LR, dtype=torch.float64)
-    np.testing.assert_allclose(ours(spec, x, gradients, rate), ours(spec, x, gradients), **NEAR)
+    assert_near(ours(spec, x, gradients, rate), ours(spec, x, gradients))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -228,6 +232,16 @@ def test_zero_gradients_on_a_fresh_state_keep_the_model_finite(spec: str, x: flo
     assert np.isfinite(after).all()
     if x == 0:
         assert not after.any()
+
+
+def test_centered_rmsprop_survives_a_variance_that_rounds_below_zero() -> None:
+    opt = optimizer("rmsprop:alpha=0.5,eps=1e-3,centered=true")
+    g = torch.linspace(0.1, 2.0, 100)  # constant over the steps, so that v − mean² goes to zero
+    x, state = torch.zeros(100), opt.init(g)
+    for _ in range(60):
+        x, state = opt.step(g, state, x, LR)
+    assert (state.v < state.mean**2).any()
+    assert torch.isfinite(x).all()
 
 
 def test_adam_corrects_its_bias_exactly_in_float32() -> None:

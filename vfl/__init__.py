@@ -2,7 +2,16 @@
 
 from vfl import data, models, random
 from vfl.base import (
-    Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, named_leaves, stateless, tree_map,
+    Algorithm,
+    Broadcast,
+    Mean,
+    Message,
+    Metrics,
+    Tree,
+    leaves,
+    named_leaves,
+    stateless,
+    tree_map,
 )  # fmt: skip
 from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State

@@ -40,7 +40,7 @@ class Mean(NamedTuple):
 
     payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ (zero when no weight came in)
     weight: Tensor  # [] Σ wᵢ
-    count: Tensor  # [] how many clients are in it: |S| without those that have no data or were dropped
+    clients: Tensor  # [] how many are in it: |S| without those that have no data or were dropped
 
 
 class Metrics(NamedTuple):
@@ -50,7 +50,7 @@ class Metrics(NamedTuple):
     examples: Tensor  # [] how many visits that sum holds
     gradients: Tensor  # [] sample-gradients computed, wherever and for whatever
     buffers: tuple[Tensor, ...] = ()  # the module's buffers after the work (batch-norm statistics)
-    extra: Mapping[str, Tensor] = {}  # noqa: RUF012  named scalars []; the cohort's mean is reported
+    extra: Mapping[str, Tensor] = {}
 
 
 class Server(Protocol):
@@ -81,9 +81,7 @@ class SendModel(Protocol):
 class ClientUpdate(Protocol):
     """One client's round: (what was sent, client state, its batches, a key []) → (message, client state, metrics)."""
 
-    def __call__(
-        self, sent: Any, client: Tree, batches: Batches, key: Tensor, /
-    ) -> tuple[Message, Tree, Metrics]: ...
+    def __call__(self, sent: Any, client: Tree, batches: Batches, key: Tensor, /) -> tuple[Message, Tree, Metrics]: ...
 
 
 class ServerUpdate(Protocol):

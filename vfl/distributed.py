@@ -30,10 +30,32 @@ class Ranks(NamedTuple):
             dist.all_reduce(flat)
         return flat
 
+    def gather(self, rows: Tensor, device: torch.device) -> list[Tensor]:
+        """Every rank's rows [R, ...], on the host of the first rank; empty on the others. `device` is the ranks'."""
+        if self.world == 1:
+            return [rows.cpu()]
+        count = torch.tensor([len(rows)], device=device)
+        counts = [torch.zeros_like(count) for _ in range(self.world)]
+        dist.all_gather(counts, count)
+        if not self.first:
+            dist.send(rows.to(device).contiguous(), 0)
+            return []
+        received = [rows.cpu()]
+        for rank, n in enumerate(counts[1:], 1):
+            part = torch.empty((int(n), *rows.shape[1:]), dtype=rows.dtype, device=device)
+            dist.recv(part, rank)
+            received.append(part.cpu())
+        return received
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
             dist.barrier()
+
+
+def environment_rank() -> int:
+    """This process's rank by the launcher's variables, before or without a process group."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager

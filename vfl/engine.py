@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -72,7 +73,7 @@ class Engine:
         ranks: Ranks = Ranks(),
     ) -> None:
         work.check()
-        self.algorithm, self.task, self.work, self.ranks = algorithm, task, work, ranks
+        self.algorithm, self.task, self.data, self.work, self.ranks = algorithm, task, data, work, ranks
         self.device, self.dtype = task.x.device, task.x.dtype
         self.sampler: Sampler = sampler(sampling, clients_per_round, data.clients.offsets)
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
@@ -191,7 +192,7 @@ class Engine:
         one = _client(self, sent, plan.shortest, int(sizes.max()))
         on_device = {"dtype": torch.int64, "device": self.device}
         arguments = (
-            state.store.gather(ids, self.device), plan.index, plan.mask, plan.steps,
+            state.store.gather(ids, self.device), plan.rows, plan.mask, plan.steps,
             torch.tensor(starts, **on_device), torch.tensor(sizes, **on_device), mapped,
             torch.tensor(cohort.factor[now], dtype=self.dtype, device=self.device),
             tuple(b.expand(len(ids), *b.shape) for b in state.buffers),
@@ -216,9 +217,9 @@ class Engine:
 def _client(engine: Engine, sent: Tree, shortest: int, largest: int) -> Callable[..., tuple[Message, Tree, Metrics]]:
     """One client's round as a function of tensors alone, ready for vmap."""
 
-    def one(client, index, mask, steps, start, examples, key, factor, buffers):  # noqa: ANN001
+    def one(client, rows, mask, steps, start, examples, key, factor, buffers):
         batches = Batches(
-            engine.data_x, engine.data_y, index, mask, steps, start, examples, random.fold_in(key, 1), buffers,
+            engine.data_x, engine.data_y, rows, mask, steps, start, examples, random.fold_in(key, 1), buffers,
             shortest, largest, engine.transform, engine.dtype,
         )  # fmt: skip
         message, client, metrics = engine.algorithm.client_update(sent, client, batches, random.fold_in(key, 2))
@@ -227,11 +228,13 @@ def _client(engine: Engine, sent: Tree, shortest: int, largest: int) -> Callable
     return one
 
 
-def _loop(one: Callable[..., Any], arguments: tuple, ids: np.ndarray, round: int) -> Any:
+def _loop(
+    one: Callable[..., Any], arguments: tuple[Any, ...], ids: np.ndarray, round: int
+) -> tuple[Message, Tree, Metrics]:
     """The clients one after the other, unmapped: breakpoints, prints and stack traces work, and name the client."""
     results = []
     for c, i in enumerate(ids.tolist()):
-        mine = tree_map(lambda leaf: leaf[c], arguments)
+        mine = tree_map(operator.itemgetter(c), arguments)
         with torch.random.fork_rng():
             torch.manual_seed(int(mine[6]) % 2**63)  # for models with random layers of their own
             try:

@@ -36,7 +36,7 @@ class MaskedBatchNorm(nn.Module):
             mask = self.mask.reshape([-1] + [1] * (x.dim() - 1)).to(x.dtype).expand(x.shape[0], *[1] * (x.dim() - 1))
             count = mask.sum() * (x[0, 0].numel())
             mean = (x * mask).sum(over) / count.clamp(min=1)
-            var = ((x - mean.reshape(shape)).square() * mask).sum(over) / count.clamp(min=1)
+            var = ((x - mean.reshape(shape)) * mask).square().sum(over) / count.clamp(min=1)
             if self.training:
                 self._track(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach(), count)
         else:
@@ -49,7 +49,9 @@ class MaskedBatchNorm(nn.Module):
             return
         seen = count > 0  # a batch of padding alone leaves no trace
         self.num_batches_tracked = self.num_batches_tracked + seen
-        a = 1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
+        a = self.momentum
+        if a is None:
+            a = 1 / self.num_batches_tracked.clamp(min=1).to(mean.dtype)
         self.running_mean = torch.where(seen, (1 - a) * self.running_mean + a * mean, self.running_mean)
         self.running_var = torch.where(seen, (1 - a) * self.running_var + a * var, self.running_var)
 
@@ -70,25 +72,32 @@ class KeyedDropout(nn.Module):
         if self.p == 1:
             return torch.zeros_like(x)
         shape = [*x.shape[:2], *[1] * (x.dim() - 2)] if self.channels else x.shape
-        keep = random.bernoulli(random.fold_in(self.key, self.index), 1 - self.p, shape)
+        self.key = random.fold_in(self.key, self.index)  # so that a second call in one forward pass draws anew
+        keep = random.bernoulli(self.key, 1 - self.p, shape)
         return x * keep / (1 - self.p)
 
 
 def functionalize(module: nn.Module) -> nn.Module:
     """The module with every batch norm and dropout replaced, in place; the module itself when it is one."""
+    swapped: dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one
     count = 0
 
     def swap(layer: nn.Module) -> nn.Module:
         nonlocal count
+        if layer in swapped:
+            return swapped[layer]
+        swapped[layer] = layer
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            return MaskedBatchNorm(layer)
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and not isinstance(
+            swapped[layer] = MaskedBatchNorm(layer)
+        elif isinstance(layer, nn.modules.dropout._DropoutNd) and not isinstance(
             layer, (nn.AlphaDropout, nn.FeatureAlphaDropout)
         ):
             count += 1
-            return KeyedDropout(layer.p, not isinstance(layer, nn.Dropout), count)
-        for name, child in layer.named_children():
-            setattr(layer, name, swap(child))
-        return layer
+            swapped[layer] = KeyedDropout(layer.p, not isinstance(layer, nn.Dropout), count)
+        else:
+            for name, child in layer._modules.items():  # named_children would leave out the second place
+                if child is not None:
+                    setattr(layer, name, swap(child))
+        return swapped[layer]
 
     return swap(module)

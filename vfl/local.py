@@ -45,7 +45,7 @@ class Work(NamedTuple):
 class Minibatches(NamedTuple):
     """Which examples each client of a chunk visits, step by step."""
 
-    index: Tensor  # [C, K, B] rows of the packed examples
+    rows: Tensor  # [C, K, B] which of the packed examples
     mask: Tensor  # [C, K, B] bool; false: padding
     steps: Tensor  # [C] int64 steps of each client, ≤ K
     shortest: int  # the fewest steps of the chunk's clients
@@ -63,7 +63,7 @@ def minibatches(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray)
     epochs = -(-counts // np.maximum(per_epoch, 1))
     slots = max(int((epochs * sizes).max()), 1)
     n, spe, start = (torch.from_numpy(np.maximum(a, least)).to(device)[:, None] for a, least in (
-        (sizes, 1), (per_epoch, 1), (starts, 0)))  # [C, 1]  # fmt: skip
+        (sizes, 1), (per_epoch, 1), (np.where(sizes > 0, starts, 0), 0)))  # [C, 1]  # fmt: skip
     # One sort gives every epoch's permutation: slot j is example j mod n of epoch j div n, ordered by (epoch, hash).
     slot = torch.arange(slots, device=device)
     order = (((slot // n) << 40) | (random.bits(keys, slots) & (2**40 - 1))).argsort(dim=1, stable=True) % n
@@ -72,8 +72,9 @@ def minibatches(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray)
     mine = torch.from_numpy(counts).to(device)
     mask = (within < n[:, :, None]) & (k < mine[:, None])[:, :, None]
     position = ((k // spe) * n)[:, :, None] + within
-    index = start[:, :, None] + order.gather(1, position.where(mask, 0).flatten(1)).reshape(mask.shape)
-    return Minibatches(index.where(mask, 0), mask, mine, int(counts.min()))
+    rows = start[:, :, None] + order.gather(1, position.where(mask, 0).flatten(1)).reshape(mask.shape)
+    # Padding repeats the client's own first example: another client's may hold NaN, and zero times NaN is NaN.
+    return Minibatches(rows.where(mask, start[:, :, None]), mask, mine, int(counts.min()))
 
 
 class Batches(NamedTuple):
@@ -81,7 +82,7 @@ class Batches(NamedTuple):
 
     data_x: Tensor  # [M, ...] everyone's inputs, shared
     data_y: Tensor  # [M, ...] everyone's targets, shared
-    index: Tensor  # [K, B]
+    rows: Tensor  # [K, B] which of the packed examples
     mask: Tensor  # [K, B] bool
     steps: Tensor  # [] int64 local steps of this client, ≤ K
     start: Tensor  # [] int64 first row of this client's examples
@@ -96,23 +97,24 @@ class Batches(NamedTuple):
     @property
     def longest(self) -> int:
         """K, the steps of the chunk's longest client."""
-        return self.index.shape[-2]
+        return self.rows.shape[-2]
 
     def at(self, k: int) -> Batch:
         """Minibatch k."""
-        return self._batch(self.index[k], self.mask[k], k)
+        return self._batch(self.rows[k], self.mask[k], k)
 
     def whole(self) -> Iterator[Batch]:
         """All of the client's examples once, in order, in minibatches of B."""
-        size = self.index.shape[-1]
+        size = self.rows.shape[-1]
+        padding = self.start.where(self.examples > 0, 0)
         for i, first in enumerate(range(0, max(self.largest, 1), size)):
-            place = torch.arange(first, first + size, device=self.index.device)
+            place = torch.arange(first, first + size, device=self.rows.device)
             mask = place < self.examples
-            yield self._batch((self.start + place).where(mask, 0), mask, -1 - i)
+            yield self._batch((self.start + place).where(mask, padding), mask, -1 - i)
 
-    def _batch(self, index: Tensor, mask: Tensor, k: int) -> Batch:
-        x = self.transform(self.data_x[index], self.dtype)
-        return Batch(x, self.data_y[index], mask, random.fold_in(self.key, k))
+    def _batch(self, rows: Tensor, mask: Tensor, k: int) -> Batch:
+        x = self.transform(self.data_x[rows], self.dtype)
+        return Batch(x, self.data_y[rows], mask, random.fold_in(self.key, k))
 
 
 Direction = Callable[[Tensor, Tensor], Tensor]

@@ -29,7 +29,8 @@ def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
 def fold_in(key: Tensor, n: Tensor | int) -> Tensor:
     """The key of a key and a number: an independent stream for each n. Broadcasts: [C] with [], [] with [C]."""
     n = torch.as_tensor(n, dtype=torch.int64, device=key.device)
-    return _mix(key ^ _mix(n + _GOLDEN))
+    # Another offset than in `key`: with the same one, fold_in(key(a), b) would equal fold_in(key(b), a).
+    return _mix(key ^ _mix(n + _MIX1))
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
@@ -55,7 +56,7 @@ def choice(key: Tensor, n: int, k: int) -> Tensor:
 def randint(key: Tensor, shape: Sequence[int], high: int) -> Tensor:
     """Integers uniform on 0 … high − 1, high ≤ 2³¹: int64 [..., *shape] (bias below high / 2³²)."""
     words = _shift(bits(key, prod(shape)), 32)
-    return ((words * high) >> 32).reshape(*key.shape, *shape)
+    return ((words * high) >> 32).reshape((*key.shape, *shape))
 
 
 def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,7 +96,9 @@ def _mix(z: Tensor) -> Tensor:
 # numpy costs a tenth of the hash in eager tensor operations.
 
 
-def _rows(key: Tensor, shape: Sequence[int], dtype: torch.dtype, fill: Callable[..., object]) -> Tensor:
+def _rows(
+    key: Tensor, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[np.random.Generator], Callable[..., object]]
+) -> Tensor:
     wide = dtype == torch.float64
     out = np.empty((key.numel(), prod(shape)), np.float64 if wide else np.float32)
     philox = np.random.Philox(key=0)
@@ -104,7 +107,7 @@ def _rows(key: Tensor, shape: Sequence[int], dtype: torch.dtype, fill: Callable[
         state["state"]["key"][0] = k % 2**64
         philox.state = state
         fill(draw)(out=row, dtype=out.dtype)
-    return torch.from_numpy(out).reshape(*key.shape, *shape).to(dtype)
+    return torch.from_numpy(out).reshape((*key.shape, *shape)).to(dtype)
 
 
 @torch.library.custom_op("vfl::uniform", mutates_args=(), device_types="cpu")
@@ -122,15 +125,15 @@ def _hashed_uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor
     digits = 53 if dtype == torch.float64 else 24  # what the mantissa holds, so that 1 is never reached
     words = _shift(bits(key, prod(shape)), 64 - digits)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (words.to(wide) * 2.0**-digits).reshape(*key.shape, *shape).to(dtype)
+    return (words.to(wide) * 2.0**-digits).reshape((*key.shape, *shape)).to(dtype)
 
 
 @_normal.register_kernel("cuda")
 def _hashed_normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    u = _hashed_uniform(key, [2, *shape], wide).movedim(key.dim(), 0)
-    radius = (-2 * torch.log1p(-u[0])).sqrt()  # Box–Muller; 1 − u is never 0
-    return (radius * torch.cos(2 * pi * u[1])).to(dtype)
+    u, v = _hashed_uniform(key, [*shape, 2], wide).unbind(-1)  # pairs, so that a longer draw begins with the shorter
+    radius = (-2 * torch.log1p(-u)).sqrt()  # Box–Muller; 1 − u is never 0
+    return (radius * torch.cos(2 * pi * v)).to(dtype)
 
 
 for _op in (_uniform, _normal):

@@ -44,7 +44,14 @@ def chunk_results(message: Message, clients: Tree, metrics: Metrics) -> Chunk:
     # A sum over the entries is infinite or NaN when an entry is: one read of the messages, no copy.
     summed = message.weight + sum(p.flatten(1).sum(1) if p.dim() > 1 else p for p in payload)
     high = (message.bits / LOW).floor()
-    columns = (metrics.loss, metrics.examples, metrics.gradients, high, message.bits - high * LOW, torch.isfinite(summed))
+    columns = (
+        metrics.loss,
+        metrics.examples,
+        metrics.gradients,
+        high,
+        message.bits - high * LOW,
+        torch.isfinite(summed),
+    )
     report = torch.stack([column.to(torch.float64) for column in columns], dim=1)
     return Chunk(payload, structure, metrics.buffers, clients, message.weight, report, dict(metrics.extra))
 
@@ -52,8 +59,8 @@ def chunk_results(message: Message, clients: Tree, metrics: Metrics) -> Chunk:
 class Received(NamedTuple):
     """What the all-reduce brought to every rank."""
 
-    mean: Mean | None  # None: no client of the cohort had data
-    buffers: tuple[Tensor, ...]  # the clients' module buffers, averaged by their weights
+    mean: Mean | None  # None: no weight came in, as from a cohort without data or whose clients were all dropped
+    buffers: tuple[Tensor, ...]  # the clients' module buffers, averaged by their weights; empty without any weight
     loss: np.ndarray  # [S] sum of the training loss over the examples a client visited
     examples: np.ndarray  # [S] how many visits that is
     gradients: np.ndarray  # [S] sample-gradients
@@ -104,19 +111,20 @@ class CohortSum:
         means = [s * scale for s in sums]
         extra = dict(self.example.extra) if self.example else {}
         scalars = means[len(means) - len(extra) :]
-        numbers = torch.cat([report, stopping, *scalars]).to("cpu", torch.float64).numpy()  # waits for the device
+        numbers = (
+            torch.cat([report, stopping, weight, *scalars]).to("cpu", torch.float64).numpy()
+        )  # waits for the device
         rows = numbers[: self.tail[-1]].reshape(self.cohort, len(REPORT))
         loss, examples, gradients, high, low, finite = rows.T
         mean, buffers = None, ()
-        if self.example is not None:
+        if self.example is not None and numbers[self.tail[-1] + 1] > 0:
             n = len(self.example.payload)
             like = [(v.reshape(p.shape[1:]), p.dtype) for v, p in zip(means, _parts(self.example), strict=True)]
             payload = pytree.tree_unflatten([v.to(dtype) for v, dtype in like[:n]], self.example.structure)
-            count = report.view(self.cohort, -1)[:, -1].sum()
-            mean = Mean(payload, weight.reshape(()), count)
+            mean = Mean(payload, weight.reshape(()), report.view(self.cohort, -1)[:, -1].sum())
             averaged = like[n : n + len(self.example.buffers)]
             buffers = tuple((v if d.is_floating_point else v.round()).to(d) for v, d in averaged)
-        values = numbers[self.tail[-1] + 1 :].tolist()
+        values = numbers[self.tail[-1] + 2 :].tolist()
         return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0,
                         dict(zip(extra, values, strict=True)), bool(numbers[self.tail[-1]] > 0))  # fmt: skip
 

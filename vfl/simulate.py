@@ -49,27 +49,53 @@ def rounds(
     evaluation: Evaluation = Evaluation(),
     state: State | None = None,
     stop: Callable[[], bool] = lambda: False,
-    ranks: Ranks = Ranks(),
     **engine: Any,
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """Plays rounds and yields (state, metrics) after each, until `rounds` are done or `stop()` is true on some rank.
 
     `state` continues an earlier run; every other keyword goes to `vfl.Engine` (clients_per_round, sampling, execution,
-    chunk, client_state, on_nonfinite). Metrics, by name: `round`; `train_loss` (mean over the examples that the clients
-    visited); `test_loss`, `test_accuracy` and the like where evaluated; `bits_up`, `bits_down`, `gradients`
+    chunk, client_state, on_nonfinite, ranks). Metrics, by name: `round`; `train_loss` (mean over the examples that the
+    clients visited); `test_loss`, `test_accuracy` and the like where evaluated; `bits_up`, `bits_down`, `gradients`
     (sample-gradients): cumulative; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
     evaluation; `chunk` and `execution` as chosen. Raises UsageError, DivergedError, ClientError.
     """
+    player = make_engine(
+        algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
+    )
+    start = player.init(seed) if state is None else state
+    yield from play(player, start, rounds, evaluation=evaluation, stop=stop)
+
+
+def make_engine(
+    algorithm: Algorithm | AlgorithmConfig,
+    task: Task,
+    data: FederatedData,
+    *,
+    batch_size: int | None = 20,
+    local_epochs: int = 1,
+    local_steps: int | None = None,
+    **engine: Any,
+) -> Engine:
+    """The engine of an experiment; the keywords are those of `rounds`."""
     if not isinstance(algorithm, Algorithm):
         algorithm = algorithm.build(task, data.clients.population)
-    work = Work(batch_size, local_epochs, local_steps)
-    player = Engine(algorithm, task, data, work=work, ranks=ranks, **engine)
-    state = player.init(seed) if state is None else state
+    return Engine(algorithm, task, data, work=Work(batch_size, local_epochs, local_steps), **engine)
+
+
+def play(
+    engine: Engine,
+    state: State,
+    rounds: int,
+    *,
+    evaluation: Evaluation = Evaluation(),
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[State, RoundMetrics]]:
+    """`rounds` on an engine, from a state of its own."""
     while state.round < rounds:
-        state, metrics = player.play(state, stop())
+        state, metrics = engine.play(state, stop())
         stopping = metrics.pop("stopping")
         last = stopping or state.round == rounds
-        yield state, metrics | scores(task, data, state, evaluation, last, ranks)
+        yield state, metrics | scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
         if stopping:
             return
 
@@ -78,12 +104,10 @@ def simulate(
     algorithm: Algorithm | AlgorithmConfig, task: Task, data: FederatedData, rounds: int, **options: Any
 ) -> Result:
     """All the rounds at once; the options are those of `rounds`."""
-    history, state = [], options.get("state")
-    for state, metrics in _rounds(algorithm, task, data, rounds, **options):
-        history.append(metrics)
-    if state is None:
-        raise ValueError(f"simulate needs at least one round, not {rounds}")
-    return Result(state, history)
+    played = list(_rounds(algorithm, task, data, rounds, **options))
+    if not played:
+        raise ValueError(f"simulate needs at least one round to play, not {rounds}")
+    return Result(played[-1][0], [metrics for _, metrics in played])
 
 
 _rounds = rounds

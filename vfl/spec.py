@@ -22,7 +22,7 @@ class Spec(NamedTuple):
 
 
 def parse(text: str) -> Spec:
-    """Splits `name:a,b,key=c` into its parts."""
+    """Splits `name:a,b,key=c` into its parts. Raises UsageError for an empty, repeated or misplaced value."""
     name, _, rest = text.partition(":")
     args: list[str] = []
     kwargs: dict[str, str] = {}
@@ -59,8 +59,8 @@ def resolve(text: str, table: Mapping[str, Callable[..., T]], what: str, **conte
     positional = [p for p in written.values() if p.kind is not p.KEYWORD_ONLY]
     variadic = bool(positional) and positional[-1].kind is inspect.Parameter.VAR_POSITIONAL
     if len(spec.args) > len(positional) and not variadic:
-        most = f"at most {len(positional)} unnamed value{'s' * (len(positional) > 1)}" if positional else "no values"
-        raise UsageError(f"{usage}, which takes {most}, not {len(spec.args)}")
+        most = f"at most {len(positional)}" if positional else "no"
+        raise UsageError(f"{usage}, which takes {most} unnamed values, not {len(spec.args)}")
     values: list[Any] = []
     for i, arg in enumerate(spec.args):
         parameter = positional[min(i, len(positional) - 1)]

@@ -1,4 +1,4 @@
-"""Client state: one row for each client that has taken part. R rows on this rank, ... the shape of one client's leaf."""
+"""Client state: a row for each client that has taken part. R rows on this rank, ... the shape of one client's leaf."""
 
 from __future__ import annotations
 

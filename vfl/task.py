@@ -59,16 +59,19 @@ class Task(NamedTuple):
         """The named parameters in the flat vector x [..., D], as views."""
         # One split, not one slice a tensor: the slices' gradients would each be a vector of D entries.
         parts = x.split(self.sizes, dim=-1)
-        return {n: p.unflatten(-1, s) if s else p.squeeze(-1) for n, p, s in zip(self.names, parts, self.shapes)}
+        return {
+            n: p.unflatten(-1, s) if s else p.squeeze(-1)
+            for n, p, s in zip(self.names, parts, self.shapes, strict=True)
+        }
 
     def state_dict(self, x: Tensor, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What `module.load_state_dict` of the original module takes."""
-        state = self.parameters(x) | dict(zip(self.buffer_names, buffers))
+        state = self.parameters(x) | dict(zip(self.buffer_names, buffers, strict=True))
         return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Softmax cross-entropy an example [B]: outputs [B, classes] or [B, T, classes] (mean over T); natural logarithm."""
+    """Softmax cross-entropy an example [B], in nats: outputs [B, classes], or [B, T, classes] (mean over T)."""
     losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.reshape(targets.shape[0], -1).mean(1)
 
@@ -112,8 +115,8 @@ def task(
 
     def forward(net: nn.Module, x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
         # Layers may write buffers in place, which vmap allows only on tensors of its own.
-        state = {n: b.clone() for n, b in zip(buffer_names, buffers)}
-        injected = {n: batch.mask for n in masks} | {n: batch.key for n in keys}
+        state = {n: b.clone() for n, b in zip(buffer_names, buffers, strict=True)}
+        injected = dict.fromkeys(masks, batch.mask) | dict.fromkeys(keys, batch.key)
         call = made.parameters(x) | state | injected
         outputs = functional_call(net, call, (batch.x,))
         return outputs, tuple(call[n].detach() for n in buffer_names)

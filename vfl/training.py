@@ -39,7 +39,7 @@ class LocalTraining:
     local_lr: float = 0.1
     """Client step size η."""
     local_optimizer: str = "sgd"
-    """Client optimizer, fresh in every round: sgd, adam, adamw, yogi, adagrad, rmsprop, lamb, lars (sgd:momentum=0.9)."""
+    """Client optimizer, fresh each round: sgd, sgd:momentum=0.9, adam, adamw, yogi, adagrad, rmsprop, lamb, lars."""
     local_schedule: str = "constant"
     """Factor on the client step size, by round: constant, step, multistep, cosine, exponential, linear (cosine:100)."""
     clip_norm: float | None = None
@@ -74,9 +74,7 @@ class LocalTraining:
     ) -> tuple[Tensor, Metrics]:
         """The local model y [D] after the client's steps from sent.x, and their metrics."""
         local = optimizer(self.local_optimizer, task.sizes)
-        return descend(
-            task.grad_fn, sent.x, batches, local, sent.lr, direction=direction, max_norm=self.clip_norm
-        )
+        return descend(task.grad_fn, sent.x, batches, local, sent.lr, direction=direction, max_norm=self.clip_norm)
 
     def weight(self, batches: Batches) -> Tensor:
         """The client's weight [] in the mean."""

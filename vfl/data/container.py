@@ -137,7 +137,7 @@ def from_arrays(x: ArrayLike | Tensor, y: ArrayLike | Tensor, users: ArrayLike |
     """
     examples = Examples(_numbers(x, "x"), _targets(y, "y"))
     ids = np.asarray(users)
-    if ids.ndim != 1 or not len(examples.x) == len(examples.y) == len(ids):
+    if ids.ndim != 1 or any(column.shape[:1] != ids.shape for column in examples):
         shapes = f"x {list(examples.x.shape)}, y {list(examples.y.shape)}, users {list(ids.shape)}"
         raise UsageError(f"x, y and users must have one row an example, users one number or name a row; got {shapes}")
     if not len(ids):
@@ -184,13 +184,15 @@ def from_dataset(dataset: TorchDataset[Any], users: ArrayLike | Tensor) -> tuple
     """
     if not isinstance(dataset, HasLength) or not len(dataset):
         raise UsageError(f"{type(dataset).__name__} must be a map-style data set with at least one example")
+    M = len(dataset)
+    items: TorchDataset[Any] = dataset
     columns: list[Tensor] = []
-    for i in range(len(dataset)):
-        item = dataset[i]
+    for i in range(M):
+        item = items[i]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UsageError(f"item {i} of {type(dataset).__name__} must be a pair (x, y), not {type(item).__name__}")
         pair = [_numbers(value, f"item {i}: {name}") for name, value in zip("xy", item, strict=True)]
-        columns = columns or [value.new_empty((len(dataset), *value.shape)) for value in pair]
+        columns = columns or [value.new_empty((M, *value.shape)) for value in pair]
         for name, column, value in zip("xy", columns, pair, strict=True):
             if (value.shape, value.dtype) != (column.shape[1:], column.dtype):
                 raise UsageError(
@@ -198,7 +200,8 @@ def from_dataset(dataset: TorchDataset[Any], users: ArrayLike | Tensor) -> tuple
                     f"{list(column.shape[1:])}; all must agree"
                 )
             column[i] = value
-    return from_arrays(*columns, users)
+    x, y = columns
+    return from_arrays(x, y, users)
 
 
 def _numbers(values: ArrayLike | Tensor, what: str) -> Tensor:

@@ -95,9 +95,7 @@ def federated(
     `synthetic` is made for `clients` clients, and its natural split is the one it was made with: equal blocks.
     """
     dataset = load(data, root, clients=clients, seed=seed)
-    return federate(
-        dataset, partition=partition, clients=clients, seed=seed, validation=validation, held_out=held_out
-    )
+    return federate(dataset, partition=partition, clients=clients, seed=seed, validation=validation, held_out=held_out)
 
 
 def _natural(dataset: Dataset, spec: str, clients: int | None, seed: int) -> Packed:

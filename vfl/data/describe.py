@@ -74,7 +74,7 @@ def plot_labels(data: FederatedData, path: str | Path) -> Path:
     path = Path(path)
     table = label_table(data)
     N, C = table.shape
-    shown = np.unique(np.linspace(0, N - 1, min(N, _SHOWN)).astype(np.int64))
+    shown = np.arange(min(N, _SHOWN)) * N // min(N, _SHOWN)
     table = table[shown]
     at = np.arange(len(shown))
 
@@ -92,16 +92,18 @@ def plot_labels(data: FederatedData, path: str | Path) -> Path:
     i, c = np.nonzero(table)
     cell = 72 * min((width - 1.0) / len(shown), lines / C)  # points; the largest disc just spills over its cell
     most = max(int(table.max()), 1)
-    below.scatter(at[i], c, s=(1.2 * cell) ** 2 * table[i, c] / most, color=ink, alpha=0.85, linewidths=0)
-    below.set(xlabel="client", ylabel="label", xlim=(-0.8, len(shown) - 0.2), ylim=(C - 0.4, -0.6))
+    below.scatter(at[i], c, s=(1.25 * cell) ** 2 * table[i, c] / most, color=ink, alpha=0.85, linewidths=0)
+    below.set(xlabel="client", ylabel="label", xlim=(-0.8, len(shown) - 0.2), ylim=(C - 0.3, -0.7))
+    below.set_title(f"largest disc: {most:,} example{'s' * (most > 1)}", loc="right", fontsize=9, color="#5c6770")
     below.set_axisbelow(True)
     below.grid(axis="y", color=line, linewidth=0.6)
-    ticks = np.unique(np.linspace(0, len(shown) - 1, min(len(shown), 11)).astype(np.int64))
+    ticks = at[:: -(-len(shown) // 10)]
     below.set_xticks(ticks, [f"{n:,}" for n in shown[ticks]])
     below.set_yticks(np.arange(0, C, max(1, -(-C // 25))))
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=0, labelsize=9)
+    figure.align_ylabels()
 
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -83,6 +83,7 @@ def get(
     if name not in SOURCES:
         raise unknown("data set to download", name, SOURCES)
     addresses, files = SOURCES[name]
+    addresses = (base_url,) if base_url else addresses
     folder = data_root(root) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +92,8 @@ def get(
     for file, md5 in files.items():
         target = folder / file
         if not target.is_file() or _md5(target) != md5:
-            _download([_join(address, file) for address in ([base_url] if base_url else addresses)], target, md5, progress)
+            _download([f"{address.rstrip('/')}/{file}" for address in addresses], target, md5, progress)
     return folder
-
-
-def _join(folder: str, file: str) -> str:
-    return folder.rstrip("/") + "/" + file
 
 
 def _download(urls: list[str], target: Path, md5: str, progress: Progress | None) -> None:

@@ -87,7 +87,7 @@ def dirichlet(
 
 
 def shards(shards: int, *, y: np.ndarray, clients: int | None, rng: np.random.Generator) -> Assignment:
-    """The examples sorted by label, cut into N·S shards, S a client (McMahan et al., arXiv 1602.05629, §3; there S = 2).
+    """The examples sorted by label, cut into N·S shards, S a client (McMahan et al., arXiv 1602.05629, §3: S = 2).
 
     Shard sizes differ by at most one.
     """
@@ -224,7 +224,7 @@ def _even(total: int, parts: int) -> np.ndarray:
 
 
 def _proportional(weights: np.ndarray, total: int) -> np.ndarray:
-    """Offsets [len(weights) + 1] that divide 0 … total in proportion to the weights, each size within one of its own."""
+    """Offsets [len(weights) + 1] that divide 0 … total in proportion to the weights, sizes within one of exact."""
     cumulative = _cumulative(weights)
     offsets = np.floor(cumulative / cumulative[-1] * total).astype(np.int64)
     offsets[-1] = total

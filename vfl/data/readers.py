@@ -11,6 +11,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -75,12 +76,12 @@ def digits() -> Dataset:
 
 
 def _examples(x: np.ndarray, y: np.ndarray) -> Examples:
-    return Examples(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)))
+    return Examples(torch.from_numpy(np.require(x, requirements=["C", "W"])), torch.from_numpy(y.astype(np.int64)))
 
 
 def _idx_set(name: str, root: Path, folders: list[str], normalize: Normalize) -> Dataset:
     """The four IDX files of MNIST or a set of the same names."""
-    parts: list[Examples] = []
+    parts: dict[str, Examples] = {}
     for split in ("train", "t10k"):
         x_path, y_path = (_find(root, folders, _idx_name(split, kind), name) for kind in _IDX)
         x, y = _idx(x_path, "images", name), _idx(y_path, "labels", name)
@@ -91,9 +92,11 @@ def _idx_set(name: str, root: Path, folders: list[str], normalize: Normalize) ->
         _check_labels(y, y_path, name)
         for other in set(_OPENING) - {name}:  # the file names cannot tell the two sets apart
             if split == "train" and y[:10].tolist() == _OPENING[other]:
-                raise UsageError(f"{y_path} belongs to {other}, not {name}; give each set its own folder, {root / name}")
-        parts.append(_examples(x[:, None], y))
-    return Dataset(name, *parts, 10, normalize)
+                raise UsageError(
+                    f"{y_path} belongs to {other}, not {name}; give each set its own folder, {root / name}"
+                )
+        parts[split] = _examples(x[:, None], y)
+    return Dataset(name, parts["train"], parts["t10k"], 10, normalize)
 
 
 def _idx_name(split: str, kind: str) -> str:
@@ -118,24 +121,24 @@ def _idx(path: Path, kind: str, name: str) -> np.ndarray:
 
 
 def _files(root: Path, folders: list[str]) -> Iterator[tuple[str, Path, bytes]]:
-    """(name, path, content) of each CIFAR-10 file."""
-    for name in _CIFAR_FILES:
-        path = _find(root, folders, name, "cifar10")
-        yield name, path, _content(path, "cifar10")
+    """(name, path, content) of each CIFAR-10 file; several are unpacked at once."""
+    paths = [_find(root, folders, name, "cifar10") for name in _CIFAR_FILES]
+    with ThreadPoolExecutor() as threads:
+        yield from zip(_CIFAR_FILES, paths, threads.map(_content, paths, ["cifar10"] * len(paths)), strict=True)
 
 
 def _members(path: Path) -> Iterator[tuple[str, Path, bytes]]:
     """(name, archive path, content) of each CIFAR-10 file in the official archive, in the archive's order."""
     missing = set(_CIFAR_FILES)
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 name = Path(member.name).name
                 file = archive.extractfile(member) if name in missing else None
                 if file is not None:
                     missing.remove(name)
                     yield name, path, file.read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise _broken(path, f"it cannot be unpacked ({error})", "cifar10") from None
     if missing:
         raise _broken(path, f"it lacks {', '.join(sorted(missing))}", "cifar10")
