@@ -49,7 +49,9 @@ def padded(batch: Batch, extra: int, garbage: float) -> Batch:
 
 
 def convnet() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 5), nn.Tanh(), nn.Linear(5, 3)
+    )
 
 
 def torch_gradient(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -342,7 +344,8 @@ def test_batch_norm_trains_and_evaluates_as_torchs_does_on_the_unpadded_batch(na
         same_gradient(problem, g, expected)
         torch.testing.assert_close(aux.loss, loss.sum().detach(), **NEAR)
         buffers = aux.buffers
-        torch.testing.assert_close(dict(zip(problem.buffer_names, buffers)), dict(module.named_buffers()), **NEAR)
+        after = dict(zip(problem.buffer_names, buffers, strict=True))
+        torch.testing.assert_close(after, dict(module.named_buffers()), **NEAR)
     module.eval()
     batch = whole(normal(6, *shape, seed=11), normal(6, width, seed=12))
     values = problem.evaluate(problem.x, batch, buffers)
@@ -521,12 +524,12 @@ def test_accuracy_comes_with_cross_entropy_alone() -> None:
 def test_a_loss_that_is_not_one_value_an_example_is_refused(reduce) -> None:
     batch = whole(normal(5, 4), labels(5))
     problem = task(nn.Linear(4, 3), reduce, dtype=F64)
-    with pytest.raises(UsageError, match=r"loss must be one value an example, \[5\], not \[1?\]"):
+    with pytest.raises(UsageError, match=r"loss must be one value an example, \[5\], not \[1?\]; reduction="):
         problem.grad_fn(problem.x, batch, ())
-    with pytest.raises(UsageError, match=r"loss must be one value an example, \[5\], not \[1?\]"):
+    with pytest.raises(UsageError, match=r"loss must be one value an example, \[5\], not \[1?\]; reduction="):
         problem.evaluate(problem.x, batch, ())
     problem = task(nn.Linear(4, 3), metrics={"mine": reduce}, dtype=F64)
-    with pytest.raises(UsageError, match=r"mine must be one value an example, \[5\], not \[1?\]"):
+    with pytest.raises(UsageError, match=r"mine must be one value an example, \[5\], not \[1?\]; reduction="):
         problem.evaluate(problem.x, batch, ())
 
 
@@ -534,6 +537,8 @@ def test_squared_error_is_half_the_sum_of_squares_an_example() -> None:
     outputs, targets = normal(4, 2, 3), normal(4, 2, 3, seed=1)
     expected = [(0.5 * (o - t) ** 2).sum().item() for o, t in zip(outputs, targets, strict=True)]
     torch.testing.assert_close(squared_error(outputs, targets), torch.tensor(expected, dtype=F64), **NEAR)
+    flat, wanted = outputs[:, 0, 0], targets[:, 0, 0]
+    torch.testing.assert_close(squared_error(flat, wanted), 0.5 * (flat - wanted) ** 2, **NEAR)
 
 
 def test_regression_on_one_output_takes_flat_targets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeGuard
 
 from vfl.errors import UsageError, unknown
 from vfl.training import AlgorithmConfig
@@ -41,9 +42,13 @@ def load_algorithm(name: str) -> type[AlgorithmConfig]:
         config = point.load()
     except Exception as error:  # whatever else the module does on import
         raise UsageError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    if not (isinstance(config, type) and dataclasses.is_dataclass(config) and callable(getattr(config, "build", None))):
+    if not _is_config(config):
         raise UsageError(f"{where} must be a dataclass with a method build(task, population), as vfl.LocalTraining has")
     return config
+
+
+def _is_config(found: Any) -> TypeGuard[type[AlgorithmConfig]]:
+    return isinstance(found, type) and dataclasses.is_dataclass(found) and callable(getattr(found, "build", None))
 
 
 def _offers() -> dict[str, list[EntryPoint]]:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -51,29 +50,20 @@ def progress(
 
     A terminal gets a progress bar and a table that stay in place; anything else plain lines, one for each evaluated
     round and each tenth of the rounds. Warnings of the logger `vfl` appear above, information too if `verbose`. `quiet`
-    shows nothing and leaves the logger alone. `done` counts the rounds that a resumed run has behind it.
+    shows nothing, warnings included. `done` counts the rounds that a resumed run has behind it.
     """
-    if quiet:
-        yield lambda metrics: None
-        return
     console = console or terminal()
     tally = Tally(rounds, done)
-    with _messages(console, logging.INFO if verbose else logging.WARNING):
+    with _messages(console, logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING):
+        if quiet:
+            yield tally.add
+            return
         if not console.is_interactive:
             yield _Lines(console, tally, title)
             return
-        lock = threading.Lock()  # the display refreshes itself, from a thread of its own
-
-        def view() -> RenderableType:
-            with lock:
-                return _view(tally, title)
-
-        def show(metrics: RoundMetrics) -> None:
-            with lock:
-                tally.add(metrics)
-
-        with Live(get_renderable=view, console=console, refresh_per_second=4):
-            yield show
+        board = _Board(tally, title)
+        with Live(board, console=console, refresh_per_second=4):
+            yield board
 
 
 def terminal() -> Console:
@@ -225,20 +215,34 @@ def _messages(console: Console, level: int) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _view(tally: Tally, title: str) -> RenderableType:
-    """The live display: title, progress bar, and three groups of facts side by side where they fit."""
-    bar = Table.grid(padding=(0, 1), expand=True)
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    bar.add_row(
-        f"round {tally.round}/{tally.rounds}",
-        ProgressBar(tally.rounds, tally.round),
-        duration(tally.elapsed) + (f", {duration(tally.left)} left" if tally.last else ""),
-    )
-    heading = [Text(title, "bold", no_wrap=True, overflow="ellipsis")] if title else []
-    groups = [_grid(facts) for facts in (_quality(tally), _costs(tally), _speed(tally))] if tally.last else []
-    return Group(*heading, bar, Columns(groups, padding=(0, 3)))
+class _Board:
+    """The live display: title, progress bar, and three groups of facts side by side where they fit.
+
+    A thread redraws it, and a signal handler may log while a round is taken in: so no lock, only whole new values.
+    """
+
+    def __init__(self, tally: Tally, title: str) -> None:
+        self.tally, self.title = tally, title
+        self.groups: tuple[dict[str, str], ...] = ()
+
+    def __call__(self, metrics: RoundMetrics) -> None:
+        self.tally.add(metrics)
+        self.groups = (_quality(self.tally), _costs(self.tally), _speed(self.tally))
+
+    def __rich__(self) -> RenderableType:
+        tally, groups = self.tally, self.groups
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(
+            f"round {tally.round}/{tally.rounds}",
+            ProgressBar(tally.rounds, tally.round),
+            duration(tally.elapsed) + (f", {duration(tally.left)} left" if groups else ""),
+        )
+        heading = [Text(self.title, "bold", no_wrap=True, overflow="ellipsis")] if self.title else []
+        facts = [_grid(group | (_memory() if group is groups[-1] else {})) for group in groups]
+        return Group(*heading, bar, Columns(facts, padding=(0, 3)))
 
 
 def _grid(facts: dict[str, str]) -> Table:
@@ -275,14 +279,17 @@ def _costs(tally: Tally) -> dict[str, str]:
 
 def _speed(tally: Tally) -> dict[str, str]:
     clients, gradients = tally.speed()
-    facts = {
+    return {
         "clients/s": si(clients),
         "gradients/s": si(gradients),
         "at once": f"{tally.last['chunk']}, {tally.last['execution']}",
     }
+
+
+def _memory() -> dict[str, str]:
+    """What this process holds now, where the system tells."""
     resident = Memory(torch.device("cpu")).used()
-    if resident is not None:
-        facts["memory"] = si(resident, "B")
+    facts = {} if resident is None else {"memory": si(resident, "B")}
     if torch.cuda.is_initialized():
         facts["GPU memory"] = si(torch.cuda.memory_reserved(), "B")
     return facts

@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
 
@@ -102,16 +104,16 @@ def learning_curves(histories: dict[str, list[RoundMetrics]], path: str | Path, 
                 axes.plot(x, y, linestyle=_STYLES[split], marker=marker, markersize=3, **style)
         _dress(axes, quantity, x_axis)
 
-    by_split = [
-        Line2D([], [], color=_COLORS[i] if alone else "#5c6770", linestyle=_STYLES[split], label=split)
-        for i, split in enumerate(splits)
-    ]
-    by_run = [] if alone else [Line2D([], [], color=c, linewidth=2.4, label=_plain(label)) for label, c in colors.items()]
+    runs = {} if alone else colors
+    keys = [Line2D([], [], color=color, linewidth=2.4, label=_plain(label)) for label, color in runs.items()]
+    for i, split in enumerate(splits):
+        keys.append(Line2D([], [], color=_COLORS[i] if alone else "#5c6770", linestyle=_STYLES[split], label=split))
     if alone:
         figure.suptitle(_plain(next(iter(histories))), x=0.01, ha="left", fontsize=11)
-    widest = max(len(str(line.get_label())) for line in by_run + by_split)
-    columns = max(1, min(len(by_run + by_split), int(11 * figure.get_figwidth() / (widest + 6))))
-    figure.legend(handles=by_run + by_split, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    widest = max(len(str(key.get_label())) for key in keys)
+    columns = max(1, min(len(keys), int(11 * figure.get_figwidth() / (widest + 6))))
+    figure.set_figheight(3.4 + 0.2 * -(-len(keys) // columns))
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
@@ -123,8 +125,8 @@ def learning_curves(histories: dict[str, list[RoundMetrics]], path: str | Path, 
 def _dress(axes: Axes, quantity: str, x_axis: XAxis) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    heights = [y for line in axes.get_lines() for y in line.get_ydata()]
-    if quantity == "loss" and heights and 0 < min(heights) * _LOG_ABOVE < max(heights):
+    heights = np.concatenate([np.asarray(line.get_ydata()) for line in axes.get_lines()])
+    if quantity == "loss" and 0 < heights.min() * _LOG_ABOVE < heights.max():
         axes.set_yscale("log")
     axes.set_xlabel(_X_LABELS[x_axis])
     axes.set_ylabel(quantity.replace("_", " "))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional
 
+from vfl.errors import UsageError
 from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     names: tuple[str, ...]  # the parameters' names, in the order of x
     shapes: tuple[tuple[int, ...], ...]  # and their shapes
     buffer_names: tuple[str, ...]
+    saved: Mapping[str, str | Tensor]  # state dict entry → the parameter or buffer it holds, or a constant
 
     @property
     def sizes(self) -> list[int]:
@@ -67,23 +69,29 @@ class Task(NamedTuple):
     def state_dict(self, x: Tensor, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What `module.load_state_dict` of the original module takes."""
         state = self.parameters(x) | dict(zip(self.buffer_names, buffers, strict=True))
-        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+        values = {name: state[held] if isinstance(held, str) else held for name, held in self.saved.items()}
+        return {name: value.detach().clone().contiguous() for name, value in values.items()}
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Softmax cross-entropy an example [B], in nats: outputs [B, classes], or [B, T, classes] (mean over T)."""
     losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-    return losses.reshape(targets.shape[0], -1).mean(1)
+    return _by_example(losses, targets).mean(1)
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error an example [B], summed over the outputs."""
-    return 0.5 * (outputs - targets.reshape(outputs.shape)).square().flatten(1).sum(1)
+    return 0.5 * _by_example((outputs - targets.reshape(outputs.shape)).square(), outputs).sum(1)
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """1 where the largest output is the target's [B]; the share of positions for sequences [B, T]."""
-    return (outputs.argmax(-1) == targets).to(outputs.dtype).reshape(targets.shape[0], -1).mean(1)
+    return _by_example((outputs.argmax(-1) == targets).to(outputs.dtype), targets).mean(1)
+
+
+def _by_example(values: Tensor, like: Tensor) -> Tensor:
+    """One row an example [B, ...]; reshape(B, −1) could not tell how many columns an empty batch has."""
+    return values.reshape(like.shape[0], math.prod(like.shape[1:]))
 
 
 def task(
@@ -98,7 +106,8 @@ def task(
 
     `metrics` are evaluated beside the loss, one value an example; the default is accuracy under cross-entropy.
     Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
-    draws from the batch's key.
+    draws from the batch's key. Raises UsageError for a module with nothing to train, and `grad_fn` and `evaluate` raise
+    it for a loss or a metric that is not one value an example.
     """
     if metrics is None:
         metrics = {"accuracy": accuracy} if loss is cross_entropy else {}
@@ -106,10 +115,13 @@ def task(
     frozen = copy.deepcopy(module).eval()
     trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not trained:
-        raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
+        raise UsageError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
     masks = [f"{n}.mask".lstrip(".") for n, m in module.named_modules() if isinstance(m, MaskedBatchNorm)]
     keys = [f"{n}.key".lstrip(".") for n, m in module.named_modules() if isinstance(m, KeyedDropout)]
     buffers = {n: b.detach() for n, b in module.named_buffers() if n not in {*masks, *keys}}
+    held = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers()) if n in trained or n in buffers}
+    entries = module.state_dict(keep_vars=True).items()
+    saved = {name: held[id(t)] if id(t) in held else t.detach() for name, t in entries}
     names, shapes = tuple(trained), tuple(tuple(p.shape) for p in trained.values())
     x0 = torch.cat([p.reshape(-1) for p in trained.values()])
 
@@ -121,16 +133,24 @@ def task(
         outputs = functional_call(net, call, (batch.x,))
         return outputs, tuple(call[n].detach() for n in buffer_names)
 
+    def each(name: str, function: Loss, outputs: Tensor, batch: Batch) -> Tensor:
+        values = function(outputs, batch.y)
+        if values.shape != batch.mask.shape:  # a mean over the batch would silently count the padding
+            wanted, got = list(batch.mask.shape), list(values.shape)
+            raise UsageError(f"{name} must be one value an example, {wanted}, not {got}; reduction='none' may give it")
+        return values
+
     def mean_loss(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
         outputs, after = forward(module, x, batch, buffers)
-        total = torch.where(batch.mask, loss(outputs, batch.y), 0).sum()
+        total = torch.where(batch.mask, each("loss", loss, outputs, batch), 0).sum()
         examples = batch.mask.sum()
         return total / examples.clamp(min=1), Aux(total.detach(), examples, after)
 
     def evaluate(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         outputs, _ = forward(frozen, x, batch, buffers)
-        return {"loss": loss(outputs, batch.y)} | {n: m(outputs, batch.y) for n, m in metrics.items()}
+        return {name: each(name, f, outputs, batch) for name, f in {"loss": loss, **metrics}.items()}
 
     buffer_names = tuple(buffers)
-    made = Task(x0, tuple(buffers.values()), grad(mean_loss, has_aux=True), evaluate, names, shapes, buffer_names)
+    values, grad_fn = tuple(buffers.values()), grad(mean_loss, has_aux=True)
+    made = Task(x0, values, grad_fn, evaluate, names, shapes, buffer_names, saved)
     return made
