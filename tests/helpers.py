@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,9 @@ from vfl.data.container import Examples, FederatedData, Packed, cast
 ROOT = Path(__file__).parent.parent
 SIZES = (7, 0, 12, 3, 5, 1, 9, 4)  # examples of each client: unequal, one client without any
 EMPTY = 1  # that client
+N = len(SIZES)
 FEATURES, CLASSES = 5, 3
+PARTIAL = {"clients_per_round": 6, "batch_size": 4, "seed": 3}  # in 3 rounds, the empty client comes and others do not
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the defaults alone would test too little
     "fedprox": [{"mu": 0.5}],
@@ -37,6 +40,7 @@ def algorithms() -> dict[str, Any]:
 
 
 ALGORITHMS = algorithms()
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
 
 
 def packed(x: Tensor, y: Tensor, sizes: Sequence[int], test: Examples | None = None) -> FederatedData:

@@ -1,10 +1,6 @@
-"""Each algorithm against its paper, written once more in numpy as plain loops over clients, and its known behaviour.
-
-A reference shares with the engine the data order alone: the cohorts, and which rows a client's minibatches hold.
-"""
+"""Each algorithm against its paper (tests/papers.py), and the behaviour that theory promises."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +8,8 @@ import pytest
 import torch
 from helpers import (
     ALGORITHMS,
-    CLASSES,
-    FEATURES,
     SIZES,
-    Numbers,
+    N,
     assert_same,
     federated,
     make_task,
@@ -25,6 +19,7 @@ from helpers import (
     round_keys,
     run,
 )
+from papers import DATA, OFFSETS, REFERENCES, ROUNDS, Array, Cohort, Cohorts, own_rows
 from torch import nn
 
 import vfl
@@ -33,35 +28,12 @@ from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
 from vfl.local import minibatches
 
-N, ROUNDS = len(SIZES), 22
-DATA = federated().clients
-OFFSETS = DATA.offsets.tolist()
-Array = np.ndarray
-
-
-def gradient(x: Array, rows: Array) -> Array:
-    """∇ [D] of the mean cross-entropy of softmax regression x [D] = (W [classes, features], b [classes]) on some rows."""
-    inputs, labels = DATA.x.numpy()[rows], DATA.y.numpy()[rows]
-    W, b = x[: CLASSES * FEATURES].reshape(CLASSES, FEATURES), x[CLASSES * FEATURES :]
-    e = np.exp(inputs @ W.T + b)
-    r = e / e.sum(1, keepdims=True) - np.eye(CLASSES)[labels]
-    return np.concatenate([(r.T @ inputs).ravel(), r.sum(0)]) / len(rows)
-
-
-def own_rows(i: int) -> Array:
-    """The rows of client i."""
-    return np.arange(OFFSETS[i], OFFSETS[i + 1])
-
-
-Cohort = dict[int, list[Array]]
-"""The clients of a round, and the rows of each one's minibatches; no minibatch for a client without data."""
-
 
 class Plan(NamedTuple):
     """Who visits what."""
 
     options: dict  # of the run
-    cohort: Callable[[int], Cohort]  # round t from 0 → cohort
+    cohort: Cohorts
 
 
 def whole_batches(t: int) -> Cohort:
@@ -86,9 +58,7 @@ PLANS = {
     "everyone-on-all-its-data": Plan(
         {"clients_per_round": "all", "batch_size": None, "local_steps": 3, "seed": 7}, whole_batches
     ),
-    "five-in-minibatches": Plan(
-        {"clients_per_round": 5, "batch_size": 4, "local_epochs": 2, "seed": 7}, drawn_batches
-    ),
+    "five-in-minibatches": Plan({"clients_per_round": 5, "batch_size": 4, "local_epochs": 2, "seed": 7}, drawn_batches),
 }
 
 
@@ -98,123 +68,6 @@ def test_the_drawn_minibatches_visit_every_example_of_a_client_once_an_epoch():
             visits = np.bincount(np.concatenate([np.array([], dtype=int), *batches]), minlength=OFFSETS[-1])
             assert (visits == np.isin(np.arange(OFFSETS[-1]), own_rows(i)) * 2).all()
             assert len(batches) == 2 * math.ceil(SIZES[i] / 4)
-
-
-# The papers
-
-
-def local_model(x: Array, batches: list[Array], lr: float, corrected: Callable[[Array, Array], Array]) -> Array:
-    """The model after gradient steps on these minibatches, each along `corrected(gradient, model)`."""
-    y = x
-    for rows in batches:
-        y = y - lr * corrected(gradient(y, rows), y)
-    return y
-
-
-Step = Callable[[int, Array, Array], tuple[Array, dict[str, Array]]]
-"""(round from 0, mean change Δ [D], x [D]) → new x, and the optimizer's memory by name."""
-
-
-def averaging(config, cohort: Callable[[int], Cohort], x: Array, step: Step, mu: float = 0.0) -> Numbers:
-    """FedAvg and its kin: the server steps along Σ nᵢ Δᵢ / Σ nᵢ; clients descend g + μ (y − x)."""
-    up = down = 0
-    memory: dict[str, Array] = {}
-    for t in range(ROUNDS):
-        clients = cohort(t)
-        total, weight = np.zeros_like(x), 0
-        for i, batches in clients.items():
-            if batches:
-                y = local_model(x, batches, config.local_lr, lambda g, y, x=x: g + mu * (y - x))
-                total, weight, up = total + SIZES[i] * (y - x), weight + SIZES[i], up + x.size * 64
-        down += len(clients) * x.size * 64
-        x, memory = step(t, total / weight, x)
-    server = {f"server.{name}": value for name, value in memory.items()}
-    return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down} | server
-
-
-def fedavg(config, cohort, x):
-    """McMahan et al. 1602.05629, Algorithm 1."""
-    return averaging(config, cohort, x, lambda t, delta, x: (x + delta, {}))
-
-
-def fedprox(config, cohort, x):
-    """Li et al. 1812.06127, Algorithm 2."""
-    return averaging(config, cohort, x, lambda t, delta, x: (x + delta, {}), mu=0.5)
-
-
-def fedavgm(config, cohort, x):
-    """Hsu et al. 1909.06335, section 4.3: v ← βv + Δ, x ← x − v with Δ = x − mean of the models, β = 0.9."""
-    v = np.zeros_like(x)
-
-    def step(t, delta, x):
-        nonlocal v
-        v = 0.9 * v - delta
-        return x - v, {"opt.m": v}
-
-    return averaging(config, cohort, x, step)
-
-
-def adaptive(config, cohort, x, b1: float, second: Callable[[Array, Array], Array]) -> Numbers:
-    """Reddi et al. 2003.00295, Algorithm 2: m ← β₁m + (1−β₁)Δ, x ← x + η m / (√v + τ), with τ = 1e-3 and v₋₁ = τ²."""
-    m, v, tau = np.zeros_like(x), np.full_like(x, 1e-3**2), 1e-3
-
-    def step(t, delta, x):
-        nonlocal m, v
-        m, v = b1 * m + (1 - b1) * delta, second(v, delta)
-        memory = {"opt.m": -m, "opt.v": v} if b1 else {"opt.v": v}  # ours is the mean of the gradient −Δ
-        return x + config.server_lr * m / (np.sqrt(v) + tau), memory
-
-    return averaging(config, cohort, x, step)
-
-
-def fedadagrad(config, cohort, x):
-    """v ← v + Δ², with β₁ = 0 as in the paper's experiments."""
-    return adaptive(config, cohort, x, 0, lambda v, delta: v + delta**2)
-
-
-def fedyogi(config, cohort, x):
-    """v ← v − (1−β₂) Δ² sign(v − Δ²), β₂ = 0.99."""
-    return adaptive(config, cohort, x, 0.9, lambda v, delta: v - 0.01 * delta**2 * np.sign(v - delta**2))
-
-
-def fedadam(config, cohort, x):
-    """v ← β₂v + (1−β₂) Δ², β₂ = 0.99."""
-    return adaptive(config, cohort, x, 0.9, lambda v, delta: 0.99 * v + 0.01 * delta**2)
-
-
-def scaffold(config, cohort, x, option: int) -> Numbers:
-    """Karimireddy et al. 1910.06378, Algorithm 1, with γ = 1."""
-    eta, up, down = config.local_lr, 0, 0
-    c, c_i = np.zeros_like(x), {i: np.zeros_like(x) for i in range(N)}
-    seen: set[int] = set()
-    for t in range(ROUNDS):
-        clients = cohort(t)
-        working = [i for i, batches in clients.items() if batches]
-        dy, dc = np.zeros_like(x), np.zeros_like(x)
-        for i in working:
-            y = local_model(x, clients[i], eta, lambda g, y, c=c, i=i: g - c_i[i] + c)
-            K = len(clients[i])
-            new = gradient(x, own_rows(i)) if option == 1 else c_i[i] - c + (x - y) / (K * eta)
-            dy, dc = dy + (y - x) / len(working), dc + (new - c_i[i]) / len(working)
-            c_i[i] = new
-        x, c = x + dy, c + len(working) / N * dc
-        seen |= set(working)
-        up, down = up + len(working) * 2 * x.size * 64, down + len(clients) * 2 * x.size * 64
-    ids = sorted(seen)
-    return {"server.x": x, "server.c": c, "server.t": ROUNDS, "client.ids": ids,
-            "client.0": np.stack([c_i[i] for i in ids]), "bits_up": up, "bits_down": down}  # fmt: skip
-
-
-REFERENCES = {
-    "fedavg": fedavg,
-    "fedavgm": fedavgm,
-    "fedadagrad": fedadagrad,
-    "fedadam": fedadam,
-    "fedyogi": fedyogi,
-    "fedprox-mu=0.5": fedprox,
-    "scaffold-option=1": lambda config, cohort, x: scaffold(config, cohort, x, 1),
-    "scaffold-option=2": lambda config, cohort, x: scaffold(config, cohort, x, 2),
-}
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -280,16 +133,14 @@ def test_the_quadratic_has_the_gradient_it_claims(quadratic):
 
 
 def test_fedavg_stalls_where_scaffold_reaches_the_minimiser_of_a_heterogeneous_quadratic(quadratic):
-    assert final_gradient(FedAvg(local_lr=ETA), quadratic, 60) > 1e-3
+    assert final_gradient(FedAvg(local_lr=ETA), quadratic, 40) > 1e-3
     for option in (1, 2):
-        assert final_gradient(Scaffold(local_lr=ETA, option=option), quadratic, 60) <= 1e-8
+        assert final_gradient(Scaffold(local_lr=ETA, option=option), quadratic, 40) <= 1e-8
 
 
 @pytest.mark.parametrize("option", [1, 2])
-def test_scaffold_reaches_the_minimiser_with_a_third_of_the_clients_too(quadratic, option):
-    fedavg = final_gradient(FedAvg(local_lr=ETA), quadratic, 150, cohort=3)
-    assert fedavg > 1e-3
-    assert final_gradient(Scaffold(local_lr=ETA, option=option), quadratic, 150, cohort=3) <= 1e-8
+def test_scaffold_reaches_the_minimiser_with_half_of_the_clients_a_round(quadratic, option):
+    assert final_gradient(Scaffold(local_lr=ETA, option=option), quadratic, 90, cohort=5) <= 1e-8
 
 
 @pytest.mark.parametrize("option", [1, 2])

@@ -227,6 +227,40 @@ def test_a_gradient_changes_neither_the_task_nor_its_inputs() -> None:
     assert all(torch.equal(a, b) for a, b in zip((problem.x, *problem.buffers, batch.x), before, strict=True))
 
 
+class Counting(nn.Module):
+    """A layer that writes a buffer in place and replaces another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        self.seen += out.detach().sum(0)
+        self.last = out.detach()[-1]
+        return out
+
+
+def test_layers_may_write_their_buffers_in_place() -> None:
+    problem, batch = task(seeded(Counting), dtype=F64), whole(normal(5, 4), labels(5))
+    out = batch.x @ problem.parameters(problem.x)["layer.weight"].T + problem.parameters(problem.x)["layer.bias"]
+    given = tuple(b.clone() for b in problem.buffers)
+    _, once = problem.grad_fn(problem.x, batch, given)
+    _, twice = problem.grad_fn(problem.x, batch, once.buffers)
+    torch.testing.assert_close(once.buffers, (out.sum(0), out[-1]), **NEAR)
+    torch.testing.assert_close(twice.buffers, (2 * out.sum(0), out[-1]), **NEAR)
+    assert not any(b.any() for b in (*given, *problem.buffers))
+    problem.evaluate(problem.x, batch, given)
+    assert not any(b.any() for b in given)
+    xs = torch.stack([problem.x, 2 * problem.x])
+    stacked = tuple(torch.stack([b, b + 1]) for b in given)
+    mapped = vmap(problem.grad_fn, in_dims=(0, None, 0))(xs, batch, stacked)[1].buffers
+    torch.testing.assert_close(mapped[0], torch.stack([out.sum(0), 2 * out.sum(0) + 1]), **NEAR)
+    assert not stacked[0][0].any()
+
+
 def test_frozen_parameters_stay_out_of_x_and_are_used_as_they_are() -> None:
     module = seeded(frozen_first).to(F64)
     problem = task(module, dtype=F64)
@@ -290,12 +324,13 @@ def test_masked_rows_count_for_nothing(name: str, dtype: torch.dtype, garbage: f
 def test_a_batch_of_padding_alone_has_no_gradient_and_leaves_no_trace(name: str) -> None:
     problem = task(seeded(MODULES[name]), dtype=F64)
     data = labels(4, classes=6) if name == "tied" else normal(4, 4)
-    batch = whole(data, labels(4))._replace(mask=torch.zeros(4, dtype=torch.bool))
-    g, aux = problem.grad_fn(problem.x, batch, problem.buffers)
+    batch = whole(data, labels(4))
+    before = problem.grad_fn(problem.x, batch, problem.buffers)[1].buffers
+    g, aux = problem.grad_fn(problem.x, batch._replace(mask=torch.zeros(4, dtype=torch.bool)), before)
     assert torch.equal(g, torch.zeros_like(problem.x))
     assert aux.loss == 0
     assert aux.examples == 0
-    assert all(torch.equal(a, b) for a, b in zip(aux.buffers, problem.buffers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(aux.buffers, before, strict=True))
 
 
 # Batch norm

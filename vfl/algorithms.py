@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeGuard
 
@@ -23,11 +24,15 @@ def origin(point: EntryPoint) -> str:
 
 
 def load_algorithm(name: str) -> type[AlgorithmConfig]:
-    """The dataclass of options that the entry point of this name refers to.
+    """The dataclass of options that the entry point of this name refers to, or `module:Class` itself.
 
     Raises UsageError for an unknown name, for one that two packages define, and for an entry point that cannot be
     imported or is not a dataclass with a `build` method.
     """
+    if ":" in name:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # the module may lie in the current folder
+        return _load(name, EntryPoint(name, name, GROUP))
     offers = _offers()
     if not offers:
         raise UsageError("no algorithms are installed, vfl's own included; install it with pip (`pip install -e .`)")
@@ -37,7 +42,11 @@ def load_algorithm(name: str) -> type[AlgorithmConfig]:
     if others:
         packages = " and ".join(sorted(origin(p) for p in offers[name]))
         raise UsageError(f"algorithm {name!r} is defined by {packages}; uninstall all but one of them")
-    where = f"algorithm {name!r} ({point.value} of {origin(point)})"
+    return _load(f"{name!r} ({point.value} of {origin(point)})", point)
+
+
+def _load(said: str, point: EntryPoint) -> type[AlgorithmConfig]:
+    where = f"algorithm {said}"
     try:
         config = point.load()
     except Exception as error:  # whatever else the module does on import

@@ -38,8 +38,8 @@ class Broadcast(NamedTuple):
 class Mean(NamedTuple):
     """What the server receives from a cohort S."""
 
-    payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ (zero when no weight came in)
-    weight: Tensor  # [] Σ wᵢ
+    payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ
+    weight: Tensor  # [] Σ wᵢ, above 0: a round without any weight has no server step
     clients: Tensor  # [] how many are in it: |S| without those that have no data or were dropped
 
 

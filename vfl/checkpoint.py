@@ -43,14 +43,24 @@ def save(folder: Path, state: State, config: dict[str, Any], keep: int, ranks: R
         "totals": json.dumps(state.totals._asdict()),
         "config": json.dumps(config),
     }
-    runs.write_tensors(folder / runs.CHECKPOINTS / f"round-{state.round:08d}.safetensors", tensors, metadata)
+    runs.write_tensors(of_round(folder, state.round), tensors, metadata)
     for old in every(folder)[:-keep]:
-        old.unlink()
+        old.unlink(missing_ok=True)
+
+
+def of_round(folder: Path, round: int) -> Path:
+    """The checkpoint after so many rounds of a run."""
+    return folder / runs.CHECKPOINTS / f"round-{round:08d}.safetensors"
 
 
 def every(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((folder / runs.CHECKPOINTS).glob("round-*.safetensors"))
+    return sorted((folder / runs.CHECKPOINTS).glob("round-*.safetensors"), key=round_of)
+
+
+def round_of(path: Path) -> int:
+    """The round after which a checkpoint was written."""
+    return int(path.stem.removeprefix("round-"))
 
 
 def load(path: Path, fresh: State, config: dict[str, Any], ranks: Ranks = Ranks()) -> State:
@@ -65,8 +75,8 @@ def load(path: Path, fresh: State, config: dict[str, Any], ranks: Ranks = Ranks(
     for name in [*config, *saved]:
         if saved.get(name) != json.loads(json.dumps(config.get(name))):
             raise UsageError(
-                f"{path} belongs to another configuration: {name} was {saved.get(name)!r} there and is "
-                f"{config.get(name)!r} now; resume with the same options or start in another folder"
+                f"{path} belongs to another configuration: {name.replace('_', '-')} was {saved.get(name)!r} there and "
+                f"is {config.get(name)!r} now; resume with the same options or start in another folder"
             )
     server = _restore("server", fresh.server, tensors, path)
     buffers = _restore("buffers", fresh.buffers, tensors, path)

@@ -23,7 +23,7 @@ def parse_chunk(text: str | int | None) -> int | None:
     if text is None or text == "auto":
         return None
     with contextlib.suppress(ValueError):
-        if int(text) >= 1:
+        if int(str(text)) >= 1:  # int alone would cut 2.5 down to 2
             return int(text)
     raise UsageError(f"chunk must be 'auto' or a whole number of clients from 1, not {text!r}")
 

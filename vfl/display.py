@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,9 +21,11 @@ from rich.text import Text
 from vfl.chunks import Memory
 from vfl.engine import RoundMetrics
 from vfl.plots import Score, score
+from vfl.terminal import duration, number, si, terminal
 
+TOTALS = frozenset({"bits_up", "bits_down", "gradients", "seconds"})
+"""The float metrics that count costs; all others say how good the model is, or are an algorithm's own."""
 _RECENT = 20  # rounds over which speeds are averaged
-_UNLIMITED = 1000  # columns of what is not a terminal: tables keep one line a row, for grep
 
 
 class Progress(Protocol):
@@ -66,35 +66,6 @@ def progress(
             yield board
 
 
-def terminal() -> Console:
-    """The console to print to: no markup, and no line breaks of its own where the output is no terminal."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _UNLIMITED
-    return console
-
-
-def si(value: float, unit: str = "") -> str:
-    """Three digits and a prefix: `1.23 Mbit` for 1234567 and "bit"."""
-    if not math.isfinite(value):
-        return "-"
-    prefixes = iter(("", "k", "M", "G", "T", "P"))
-    prefix = next(prefixes)
-    while abs(value) >= 999.5 and (larger := next(prefixes, None)):
-        value, prefix = value / 1000, larger
-    return f"{value:.3g} {prefix}{unit}".rstrip()
-
-
-def number(value: float) -> str:
-    """A loss or an accuracy: four decimals, or a power of ten where those would hide it."""
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"
-
-
-def duration(seconds: float) -> str:
-    """`0:01:23`."""
-    return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "-"
-
-
 class Known(NamedTuple):
     """A score's value."""
 
@@ -121,8 +92,9 @@ class Tally:
 
     def add(self, metrics: RoundMetrics) -> None:
         """Takes a round in."""
-        before = self.last.get("gradients", 0.0 if metrics["round"] == 1 else math.nan)
-        self._recent.append((metrics["clients"], metrics["gradients"] - before, metrics["seconds"]))
+        before = self.last.get("gradients", 0.0 if metrics["round"] == 1 else None)
+        if before is not None:  # a resumed run's first round does not tell its own share of the total
+            self._recent.append((metrics["clients"], metrics["gradients"] - before, metrics["seconds"]))
         self.last, self.round, self._played = metrics, metrics["round"], self._played + 1
         self.dropped += metrics["dropped"]
         for name, value in metrics.items():
@@ -144,9 +116,9 @@ class Tally:
         return self.elapsed / self._played * (self.rounds - self.round) if self._played else math.nan
 
     def speed(self) -> tuple[float, float]:
-        """Clients and gradients a second of the last rounds, evaluations left out."""
-        clients, gradients, seconds = (sum(column) for column in zip(*self._recent, strict=True))
-        return clients / seconds, gradients / seconds
+        """Clients and gradients a second of the last rounds, evaluations left out; NaN as long as nobody knows."""
+        clients, gradients, seconds = map(math.fsum, zip((0, 0, 0), *self._recent, strict=True))
+        return (clients / seconds, gradients / seconds) if seconds else (math.nan, math.nan)
 
 
 class _Lines:
@@ -263,6 +235,10 @@ def _quality(tally: Tally) -> dict[str, str]:
         if name in judges:
             best = tally.best[name]
             facts[f"best {name.replace('_', ' ')}"] = f"{number(best.value)} @{best.round}"
+    for name, value in tally.last.items():
+        own = isinstance(value, float) and name not in tally.scores and name not in TOTALS  # the algorithm's own
+        if own and not name.startswith("client_"):  # the spreads over clients are too many
+            facts[name.replace("_", " ")] = number(value)
     return facts
 
 

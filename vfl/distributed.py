@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vfl.errors import UsageError
 
 
 class Ranks(NamedTuple):
@@ -72,14 +75,19 @@ def launched(device: torch.device) -> Iterator[Ranks]:
 
 
 def local_device(name: str) -> torch.device:
-    """The device that `auto | cpu | cuda | cuda:1` means for this rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
-        torch.cuda.set_device(device)
-    return device
+    """The device that `auto | cpu | cuda | cuda:1` means for this rank. Raises UsageError where there is none such."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:1, not {name!r}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    _, colon, index = name.partition(":")
+    number = int(index) if colon else int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1)
+    if number >= count:
+        found = f"the {count} here have the numbers 0 to {count - 1}" if count else "torch finds no GPU here"
+        raise UsageError(f"device {name!r} cannot be used: {found}; `--device auto` takes what there is")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def assign(ids: np.ndarray, work: np.ndarray, owners: Mapping[int, int], world: int) -> np.ndarray:

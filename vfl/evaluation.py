@@ -35,7 +35,8 @@ def evaluate(
     names = _metric_names(task, x, buffers, examples, transform)
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     total = ranks.all_reduce(torch.stack([sums.get(name, zero) for name in names]))
-    return {name: value / max(len(examples.y), 1) for name, value in zip(names, total.tolist(), strict=True)}
+    count = len(examples.y) or float("nan")  # a mean over nothing is no number
+    return {name: value / count for name, value in zip(names, total.tolist(), strict=True)}
 
 
 def evaluate_clients(

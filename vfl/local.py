@@ -59,7 +59,8 @@ def minibatches(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray)
     """
     device = keys.device
     per_epoch, counts = work.per_epoch(sizes), work.counts(sizes)
-    steps, batch = max(int(counts.max()), 1), work.batch_size or max(int(sizes.max()), 1)
+    steps, longest = max(int(counts.max()), 1), max(int(sizes.max()), 1)
+    batch = min(work.batch_size or longest, longest)  # padding that no client fills would cost as much as examples
     epochs = -(-counts // np.maximum(per_epoch, 1))
     slots = max(int((epochs * sizes).max()), 1)
     n, spe, start = (torch.from_numpy(np.maximum(a, least)).to(device)[:, None] for a, least in (

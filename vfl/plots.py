@@ -96,6 +96,8 @@ def learning_curves(histories: dict[str, list[RoundMetrics]], path: str | Path, 
         for label, rows in histories.items():
             for split in splits:
                 x, y = series(rows, f"{split}_{quantity}", x_axis)
+                if not x:
+                    continue
                 color = _COLORS[splits.index(split)] if alone else colors[label]
                 # The training loss is the noisiest line and the least telling one: behind the others, and paler.
                 alpha, width, order = (0.65 if alone else 0.4, 1.2, 2) if split == "train" else (1.0, 1.6, 3)

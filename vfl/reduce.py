@@ -111,9 +111,8 @@ class CohortSum:
         means = [s * scale for s in sums]
         extra = dict(self.example.extra) if self.example else {}
         scalars = means[len(means) - len(extra) :]
-        numbers = (
-            torch.cat([report, stopping, weight, *scalars]).to("cpu", torch.float64).numpy()
-        )  # waits for the device
+        # Reading these numbers waits for the device.
+        numbers = torch.cat([report, stopping, weight, *scalars]).to("cpu", torch.float64).numpy()
         rows = numbers[: self.tail[-1]].reshape(self.cohort, len(REPORT))
         loss, examples, gradients, high, low, finite = rows.T
         mean, buffers = None, ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from torch import Tensor
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
 
-CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES = (
+CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES = FILES = (
     "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "curves.png",
 )  # fmt: skip
+LAUNCH = ".launch"
 
 
 def is_run(folder: Path) -> bool:
@@ -25,26 +29,62 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def create(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder of a new run and writes its configuration.
+def create(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    numbered: bool = False,
+    launch: str | None = None,
+) -> Path:
+    """Makes the folder of a new run, writes its configuration there, and returns the folder.
 
+    `numbered` goes on to folder-2, folder-3, … where the name is taken. `launch` is what `launched_by` will compare.
     Raises UsageError when a run lies there already (without `overwrite`) or the folder cannot be written.
     """
-    if is_run(folder) and not overwrite:
-        raise UsageError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
-                         "or name another folder with --out")  # fmt: skip
-    try:
+    with _writing(folder, "name another folder with --out"):
+        if numbered:
+            folder = _unused(folder)
+        elif not overwrite and any((folder / name).exists() for name in FILES):
+            raise UsageError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
+                             "or name another folder with --out")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [folder / METRICS, folder / MODEL, folder / CURVES, *(folder / CHECKPOINTS).glob("*.safetensors")]:
-            old.unlink(missing_ok=True)
-        write_config(folder, config)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from None
+        old = [folder / name for name in (METRICS, MODEL, CURVES, LAUNCH)]
+        for path in [*old, *(folder / CHECKPOINTS).glob("*.safetensors"), *_unfinished(folder)]:
+            path.unlink(missing_ok=True)
+        if launch is not None:
+            (folder / LAUNCH).write_text(launch, encoding="utf-8")
+        write_atomically(folder / CONFIG, _yaml(config))
+    return folder
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes a run's options, so that `--config` or `--resume` finds them."""
-    write_atomically(folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+def reopen(folder: Path, config: dict[str, Any]) -> None:
+    """Prepares the folder of an earlier run to go on in: its options now, and no files that a killed writer left."""
+    with _writing(folder):
+        for path in _unfinished(folder):
+            path.unlink(missing_ok=True)
+        write_atomically(folder / CONFIG, _yaml(config))
+
+
+def launched_by(folder: Path, launch: str) -> bool:
+    """Whether the run there was created by this launch, in an earlier attempt."""
+    return (folder / LAUNCH).exists() and (folder / LAUNCH).read_text(encoding="utf-8") == launch
+
+
+def _unused(folder: Path) -> Path:
+    """This folder, or the first of folder-2, folder-3, … that does not exist; made at once, so that no one takes it."""
+    found, n = folder, 1
+    while True:
+        try:
+            found.mkdir(parents=True)
+            return found
+        except FileExistsError:
+            n += 1
+            found = folder.with_name(f"{folder.name}-{n}")
+
+
+def _yaml(config: dict[str, Any]) -> bytes:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,14 +118,17 @@ class MetricsLog:
 
     def __init__(self, folder: Path, rounds: int = 0) -> None:
         """Keeps the first `rounds` rounds of what is there; later ones will be played again."""
+        self._path = folder / METRICS
         kept = [row for row in read_metrics(folder) if row["round"] <= rounds]
-        write_atomically(folder / METRICS, "".join(_line(row) for row in kept).encode())
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        with _writing(self._path):
+            write_atomically(self._path, "".join(_line(row) for row in kept).encode())
+            self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, metrics: RoundMetrics) -> None:
         """Appends a round."""
-        self._file.write(_line(metrics))
-        self._file.flush()
+        with _writing(self._path):
+            self._file.write(_line(metrics))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -93,15 +136,16 @@ class MetricsLog:
 
 
 def _line(row: RoundMetrics) -> str:
-    # NaN is no JSON: null, as other readers expect.
-    clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
-    return json.dumps(clean) + "\n"
+    # NaN and infinity are no JSON: null, as other readers expect.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, written atomically."""
+    """A safetensors file, written atomically. Raises UsageError when it cannot be written."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, to_safetensors(contiguous, metadata))
+    with _writing(path):
+        write_atomically(path, to_safetensors(contiguous, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -116,7 +160,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole content or, after a crash, what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -125,3 +169,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What writers left that were killed before they were done."""
+    return [*folder.glob(".*.tmp"), *(folder / CHECKPOINTS).glob(".*.tmp")]
+
+
+@contextlib.contextmanager
+def _writing(path: Path, hint: str = "once that is mended, --resume goes on from the newest checkpoint") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; {hint}") from None

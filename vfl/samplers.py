@@ -33,7 +33,7 @@ Amount = str | int | float
 
 def cohort_size(amount: Amount, population: int) -> int:
     """The count that an amount means. Raises UsageError when it is no amount, below one client or above all."""
-    text = str(amount).strip()
+    text, count = str(amount).strip(), 0
     try:
         if text == "all":
             return population
@@ -42,12 +42,15 @@ def cohort_size(amount: Amount, population: int) -> int:
         elif isinstance(amount, float) or not text.lstrip("-").isdigit():
             share = float(text)
         else:
-            share = None
+            share, count = None, int(text)
     except ValueError:
         raise UsageError(f"clients-per-round {text!r} is not a count, a fraction (0.1 or 10%) or 'all'") from None
-    if share is not None and not 0 < share <= 1:
-        raise UsageError(f"clients-per-round {text!r} is a fraction outside (0, 1]; write a whole number for a count")
-    count = int(text) if share is None else max(round(share * population), 1)
+    if share is not None:
+        if not 0 < share <= 1:
+            raise UsageError(
+                f"clients-per-round {text!r} is a fraction outside (0, 1]; write a whole number for a count"
+            )
+        count = max(round(share * population), 1)
     if count < 1:
         raise UsageError(f"clients-per-round must be at least 1, not {count}")
     if count > population:

@@ -34,7 +34,7 @@ class Store:
         """The states of these clients, stacked [len(ids), ...], on the device."""
         if self.empty:
             return self.template
-        at = torch.tensor([self.row.get(i, -1) for i in ids.tolist()], device=self.place)
+        at = torch.tensor([self.row.get(i, -1) for i in ids.tolist()], dtype=torch.int64, device=self.place)
         stacked = []
         for rows, first in zip(self._rows, leaves(self.template), strict=True):
             taken = first.expand(len(ids), *first.shape).clone()

@@ -11,9 +11,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from vfl.algorithms import load_algorithm
+from vfl.cli.arguments import flag, parse
 from vfl.errors import UsageError, unknown
 from vfl.runs import CONFIG, is_run, read_config
 from vfl.training import AlgorithmConfig
+
+
+def _default(meaning: str) -> Any:
+    """What `--help` says in place of `(default: none)`."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,89 +27,97 @@ class RunOptions:
     """What an experiment is made of, beside its algorithm."""
 
     data: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10 or synthetic:features=32,classes=10,examples=20 (`vfl list`)."""
-    data_root: Path | None = None
-    """Folder of the data sets; by default $VFL_DATA, then the user's cache folder."""
-    partition: str | None = None
-    """How examples are dealt to clients: iid, dirichlet:0.3, shards:2, labels:2, lognormal:1.0, powerlaw:1.5, natural.
-    By default natural where the data has users, else iid."""
-    clients: int | None = None
-    """Population: how many clients there are. By default 100, or the data's users for a natural partition."""
+    """Data set: digits, mnist, fashion_mnist, cifar10, or synthetic:features=32,classes=10 (see `vfl list data`)."""
+    data_root: Annotated[Path | None, _default("$VFL_DATA, else the user's cache folder")] = None
+    """Folder of the data sets."""
+    partition: Annotated[str | None, _default("natural where the data has users, else iid")] = None
+    """How the training examples are dealt to clients: iid, dirichlet:0.3, shards:2, labels:2, lognormal:1.0,
+    powerlaw:1.5, natural (see `vfl list partitions`)."""
+    clients: Annotated[int | None, _default("100, or the data's users for a natural partition")] = None
+    """Population: how many clients there are."""
     validation: float = 0.0
     """Fraction of the training examples set aside as the global validation set."""
     held_out: float = 0.0
     """Fraction of each client's examples set aside as its own test examples."""
     model: str = "mlp"
-    """Model: softmax, mlp (the 2NN), mlp:64,32, cnn, lenet, or package.module:factory."""
+    """Model: softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, or your own as package.module:factory."""
     clients_per_round: str = "10"
-    """Clients that take part in a round: a count, a fraction (0.1 or 10%), or all."""
+    """Clients that take part in a round: a count, a fraction of the population (0.1 or 10%), or all."""
     sampling: str = "uniform"
-    """How they are drawn: uniform (without replacement), replacement, poisson, weighted (by size), fixed:0,3,5."""
+    """How they are drawn: uniform (without replacement), replacement, poisson, weighted (by size), or fixed:0,3,5."""
     rounds: int = 100
-    """Communication rounds."""
+    """Communication rounds, those before a resume included."""
     batch_size: str = "20"
-    """Examples in a local minibatch, or all for full-batch steps."""
+    """Examples in a local minibatch, or all: every step on all of a client's examples."""
     local_epochs: int = 1
     """Passes over a client's own examples in a round."""
-    local_steps: int | None = None
-    """Local minibatch steps in a round, in place of local-epochs."""
+    local_steps: Annotated[int | None, _default("as many as the local epochs take")] = None
+    """Local minibatch steps in a round, in place of --local-epochs."""
     seed: int = 0
-    """Seed of every random draw: data split, model, cohorts, minibatches."""
+    """Seed of every random draw: data split, model, cohorts, minibatches. A whole number from 0."""
     device: str = "auto"
-    """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of the model and the training."""
     execution: Literal["vmap", "loop"] = "vmap"
     """vmap: a chunk of clients at once; loop: one after the other, for debugging (breakpoints and prints work)."""
     chunk: str = "auto"
-    """Clients computed at once: auto, or a count."""
+    """Clients computed at once: a count, or auto (the fastest that fits into the memory)."""
     client_state: Literal["device", "host"] = "device"
-    """Where the clients' own states are kept between rounds."""
+    """Where the clients' own states are kept between rounds: in the device's memory or in the host's."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
-    """When a client's message holds NaN or infinity: stop the run, or drop the client and count it."""
+    """When a client's message holds NaN or infinity: stop the run, or drop the client from the round and count it."""
     eval_every: int = 1
     """Rounds between evaluations on the global test and validation sets; 0: only after the last round."""
     client_eval_every: int = 0
     """Rounds between evaluations on each client's own data (held out, else training); 0: never."""
     checkpoint_every: int = 50
-    """Rounds between checkpoints; 0: only at the end or when interrupted."""
+    """Rounds between checkpoints; 0: only at the end, or when interrupted."""
     keep: int = 2
-    """Newest checkpoints to keep."""
-    out: Path | None = None
-    """The run's folder. By default runs/<time>-<algorithm>-<data>."""
+    """How many checkpoints to keep, the newest."""
+    out: Annotated[Path | None, _default("runs/<time>-<algorithm>-<data>")] = None
+    """The run's folder."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out, with that run's options where none are given."""
+    """Go on from the newest checkpoint in --out; options not given are those of the run there."""
     overwrite: bool = False
     """Replace the run that lies in --out."""
     quiet: bool = False
     """Print errors only."""
-    config: Path | None = None
+    config: Annotated[Path | None, _default("none")] = None
     """YAML file of options, such as a run's config.yaml; options on the command line come on top."""
 
     def __post_init__(self) -> None:
-        least = {"rounds": 1, "local_epochs": 1, "local_steps": 1, "clients": 1, "keep": 1,
-                 "eval_every": 0, "client_eval_every": 0, "checkpoint_every": 0}  # fmt: skip
-        for name, bound in least.items():
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise UsageError(f"{_flag(name)} must be at least {bound}, not {value}")
+            if value is not None and not least <= value < _MANY:
+                bound = f"at least {least}" if value < least else f"below {_MANY}"
+                raise UsageError(f"{flag(name)} must be {bound}, not {value}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be a whole number from 0 to 2^63 − 1, not {self.seed}")
         for name in ("validation", "held_out"):
             value = getattr(self, name)
             if not (0 <= value < 1 and math.isfinite(value)):
-                raise UsageError(f"{_flag(name)} is a fraction from 0 to below 1, not {value}")
+                raise UsageError(f"{flag(name)} is a fraction from 0 to below 1, not {value}")
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
-        if self.resume and self.out is None:
-            raise UsageError("--resume needs --out, the folder of the run to continue")
         self.examples_per_batch()
 
     def examples_per_batch(self) -> int | None:
         """The batch size as a number; None: all of a client's examples."""
         if self.batch_size == "all":
             return None
-        if not self.batch_size.isdigit() or int(self.batch_size) < 1:
-            raise UsageError(f"--batch-size must be a whole number from 1, or all, not {self.batch_size!r}")
-        return int(self.batch_size)
+        try:
+            size = int(self.batch_size)
+        except ValueError:
+            size = 0
+        if not 1 <= size < _MANY:
+            raise UsageError(f"--batch-size must be all or a whole number from 1, not {self.batch_size!r}")
+        return size
+
+
+_LEAST = {"rounds": 1, "local_epochs": 1, "local_steps": 1, "clients": 1, "keep": 1,
+          "eval_every": 0, "client_eval_every": 0, "checkpoint_every": 0}  # fmt: skip
+_MANY = 2**31  # more than anyone means, and the product of two still fits into 63 bits
 
 
 # They say where a run lies and who is told, not what it is.
@@ -132,52 +146,69 @@ class Call(NamedTuple):
 
 
 def parse_run(argv: Sequence[str]) -> Call:
-    """The arguments after `vfl run`. Raises UsageError; leaves with code 2 where tyro explains what is wrong."""
+    """The arguments after `vfl run`. Raises UsageError; leaves the program with code 0 after printing `--help`."""
     argv = list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     file = _config_file(argv)
-    written = read_config(file) if file is not None else {}
-    name = name or written.get("algorithm")
-    if name is None:
+    written = {} if file is None else read_config(file)
+    if name is None and "algorithm" in written:
+        name = str(written["algorithm"])
+    if not name:
         raise UsageError("vfl run needs an algorithm, as in `vfl run fedavg`, or a --config that names one; "
                          "`vfl list algorithms` shows them all")  # fmt: skip
     cls = load_algorithm(name)
-    merged = _merged(name, cls)
-    prefix = _as_arguments(written, _fields(RunOptions) | _fields(cls), file) if file is not None else []
-    parsed = tyro.cli(merged, args=prefix + argv, prog=f"vfl run {name}", description=cls.__doc__)
-    return Call(name, parsed.run, parsed.algorithm)
+    merged, fields = _merged(name, cls), _fields(RunOptions) | _fields(cls)
+    prefix = [] if file is None else _as_arguments(written, fields, file)
+
+    def parsed(arguments: list[str]) -> Call:
+        found = parse(merged, arguments, f"vfl run {name}", fields)
+        return Call(name, found.run, found.algorithm)
+
+    try:
+        return parsed(prefix + argv)
+    except UsageError:
+        if file is not None:
+            try:
+                parsed(prefix)
+            except UsageError as error:  # the file's own fault
+                raise UsageError(f"{file}: {error}") from None
+        raise
 
 
 def _config_file(argv: list[str]) -> Path | None:
     """The file named by --config, or that of the run to resume."""
-    if named := _value(argv, "--config"):
-        return Path(named)
-    out = _value(argv, "--out")
-    if "--resume" in argv and out is not None and is_run(Path(out)):
-        return Path(out) / CONFIG
-    return None
+    named, out = _value(argv, "--config"), _value(argv, "--out")
+    if "--resume" in argv:
+        if out is None:
+            raise UsageError("--resume needs --out, the folder of the run to go on with")
+        if not is_run(Path(out)):
+            raise UsageError(f"--resume: there is no run in {out}; leave --resume out to start one")
+        return Path(out) / CONFIG if named is None else Path(named)
+    return None if named is None else Path(named)
 
 
-def _value(argv: list[str], flag: str) -> str | None:
+def _value(argv: list[str], option: str) -> str | None:
     """What an option is given on the command line, last one first, before the options are parsed as a whole."""
     found = None
     for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
+        if arg == option and i + 1 < len(argv):
             found = argv[i + 1]
-        elif arg.startswith(f"{flag}="):
+        elif arg.startswith(f"{option}="):
             found = arg.partition("=")[2]
     return found
 
 
 def _merged(name: str, cls: type[AlgorithmConfig]) -> Any:
     flat = tyro.conf.arg(name="")
-    return dataclasses.make_dataclass(
+    made = dataclasses.make_dataclass(
         name,
         [
-            ("run", Annotated[RunOptions, flat], dataclasses.field(default_factory=RunOptions)),
-            ("algorithm", Annotated[cls, flat], dataclasses.field(default_factory=cls)),
+            ("run", Annotated[RunOptions, flat, tyro.conf.FlagCreatePairsOff], dataclasses.field()),
+            ("algorithm", Annotated[cls, flat], dataclasses.field()),
         ],
     )
+    made.__doc__ = cls.__doc__
+    return made
 
 
 def _fields(cls: Any) -> dict[str, dataclasses.Field]:
@@ -193,16 +224,12 @@ def _as_arguments(config: dict[str, Any], fields: dict[str, dataclasses.Field], 
             continue
         if name not in fields or name in ABOUT_THE_CALL:
             raise UsageError(f"{file}: {unknown('option', key, set(fields) - ABOUT_THE_CALL)}")
-        if isinstance(value, bool):
-            arguments.append(_flag(name) if value else _flag(f"no_{name}"))
-        elif isinstance(value, (list, tuple)):
-            arguments += [_flag(name), *map(str, value)]
+        if isinstance(value, bool) and isinstance(fields[name].default, bool):
+            arguments.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
+            arguments += [flag(name), *map(str, value)]
         elif isinstance(value, dict):
             raise UsageError(f"{file}: {key} must be one value, not a mapping")
         else:
-            arguments += [_flag(name), str(value)]
+            arguments.append(f"{flag(name)}={value}")
     return arguments
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

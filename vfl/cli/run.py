@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vfl import checkpoint, runs
 from vfl.cli.options import Call, parse_run
@@ -23,7 +24,7 @@ from vfl.data import FederatedData, federated
 from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
 from vfl.engine import State
-from vfl.errors import UsageError
+from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.models import model
 from vfl.simulate import Evaluation, make_engine, play
 from vfl.task import Task, cross_entropy, squared_error, task
@@ -40,8 +41,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
-    options, config = call.options, call.config()
-    folder, resuming = _folder(call)
+    options = call.options
     data = federated(
         options.data, partition=options.partition, clients=options.clients, seed=options.seed, root=options.data_root,
         validation=options.validation, held_out=options.held_out,
@@ -54,44 +54,80 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
         on_nonfinite=options.on_nonfinite, ranks=ranks,
     )  # fmt: skip
-    state = engine.init(options.seed)
-    saved = checkpoint.every(folder) if resuming else []
-    if saved:
-        state = checkpoint.load(saved[-1], state, call.fingerprint(), ranks)
-    if ranks.first:
-        if resuming:
-            runs.write_config(folder, config)
-        else:
-            runs.create(folder, config, options.overwrite)
+    folder, state = _open(call, engine.init(options.seed), device, ranks)
     when = Evaluation(options.eval_every, options.client_eval_every)
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
-    hidden = options.quiet or not ranks.first
+
+    def save() -> None:
+        checkpoint.save(folder, state, call.fingerprint(), options.keep, ranks)
+
+    def finish() -> None:
+        save()
+        if ranks.first:
+            about = {"format": "pt", "model": options.model, "round": str(state.round)}
+            runs.write_tensors(folder / runs.MODEL, learning.state_dict(state.server.x, state.buffers), about)
+
     with (
         _signals() as signalled,
         _recording(folder, state.round, ranks) as record,
-        progress(options.rounds, title, quiet=hidden, done=state.round) as show,
+        progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=state.round) as show,
     ):
-        if resuming and ranks.first:
+        if state.round:
             log.warning("going on from round %d of %s", state.round, folder)
-        rows: list[dict[str, Any]] = []
-        stream = play(engine, state, options.rounds, evaluation=when, stop=lambda: signalled() is not None)
         try:
-            for state, metrics in stream:
+            for state, metrics in play(engine, state, options.rounds, evaluation=when, stop=lambda: bool(signalled())):
                 record(metrics)
                 show(metrics)
-                rows.append(metrics)
                 if options.checkpoint_every and state.round % options.checkpoint_every == 0:
-                    checkpoint.save(folder, state, call.fingerprint(), options.keep, ranks)
-        finally:
-            # Ranks can only save together, and after an error they may not all be here.
-            together = state.round == options.rounds or signalled() is not None
-            if together or ranks.world == 1:
-                checkpoint.save(folder, state, call.fingerprint(), options.keep, ranks)
-            if ranks.first:
-                _write_model(folder, learning, state, config)
+                    save()
+        except Exception as error:
+            # A divergence, which all ranks see, and a client's failure leave the state as it was; after other errors
+            # the clients' states may be a round ahead. Ranks can only save together.
+            alone = ranks.world == 1 and (isinstance(error, ClientError) or state.store.empty)
+            if alone or isinstance(error, DivergedError):
+                finish()
+            raise
+        finish()
+    number = signalled() or (signal.SIGTERM if state.round < options.rounds else None)  # or another rank's signal
     if ranks.first:
-        _close(folder, call, rows, state, signalled(), options.quiet)
-    return {None: 0, signal.SIGINT: 130, signal.SIGTERM: 143}[signalled()]
+        _report(call, folder, state.round)
+    return 128 + number if number else 0
+
+
+def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple[Path, State]:
+    """The run's folder, ready to be written to, and the state to start from: the fresh one or the newest saved.
+
+    Raises UsageError when the folder cannot be used, and leaves it then as it was.
+    """
+    options, launch = call.options, _launch()
+    if options.out is None and launch is not None:
+        raise UsageError("under torchrun --max-restarts, --out is needed, so that a restart finds its checkpoints")
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{call.name}-{options.data.partition(':')[0]}"
+    folder, state = options.out or Path("runs") / name, fresh
+    restarted = launch is not None and runs.launched_by(folder, launch)
+    resuming = options.resume or restarted
+    # The first rank decides: what the others see of a shared folder may be older.
+    saved = checkpoint.every(folder) if resuming and ranks.first else []
+    after = torch.tensor([1 + checkpoint.round_of(saved[-1]) if saved else 0], device=device)
+    if rounds := int(ranks.all_reduce(after)):
+        state = checkpoint.load(checkpoint.of_round(folder, rounds - 1), fresh, call.fingerprint(), ranks)
+    if state.round > options.rounds:
+        raise UsageError(f"the run in {folder} has {state.round} rounds behind it, more than --rounds {options.rounds}; "
+                         "ask for more or leave --rounds out")  # fmt: skip
+    if ranks.first and resuming:
+        runs.reopen(folder, call.config())
+    elif ranks.first:
+        numbered = options.out is None
+        folder = runs.create(folder, call.config(), overwrite=options.overwrite, numbered=numbered, launch=launch)
+    return folder, state
+
+
+def _launch() -> str | None:
+    """A name of this torchrun that its restarts keep and others have not; None where nothing restarts the run."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
@@ -120,25 +156,12 @@ def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
     return task(module.train(), loss, device=device, dtype=dtype)
 
 
-def _folder(call: Call) -> tuple[Path, bool]:
-    """Where the run lies, and whether it goes on from what is there."""
-    options = call.options
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if options.out is None:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-            raise UsageError("under torchrun --max-restarts, --out is needed, so that a restart finds its checkpoints")
-        now = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{now}-{call.name}-{options.data.partition(':')[0]}"
-        taken = [""] + [f"-{n}" for n in range(2, 1000)]
-        return next(f for f in (Path("runs") / (name + suffix) for suffix in taken) if not f.exists()), False
-    if options.resume and not runs.is_run(options.out):
-        raise UsageError(f"--resume: there is no run in {options.out}; leave --resume out to start one")
-    return options.out, runs.is_run(options.out) and (options.resume or restarted)
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], int | None]]:
-    """Ctrl-C and SIGTERM let the round finish, so that it can be saved; again after two seconds, Ctrl-C means now."""
+    """Ctrl-C and SIGTERM let the round finish, so that it can be saved; again after two seconds, Ctrl-C means now.
+
+    Yields a function that tells which signal came first.
+    """
     received: list[tuple[int, float]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -146,7 +169,7 @@ def _signals() -> Iterator[Callable[[], int | None]]:
         if received and number == signal.SIGINT and time.monotonic() - received[0][1] > 2:
             raise KeyboardInterrupt
         if not received:
-            log.warning("finishing this round, then saving; Ctrl-C again to stop at once")
+            log.warning("finishing this round, then saving; Ctrl-C again to stop now, without")
         received.append((number, time.monotonic()))
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -169,31 +192,23 @@ def _recording(folder: Path, rounds: int, ranks: Ranks) -> Iterator[Callable[[di
         file.close()
 
 
-def _write_model(folder: Path, learning: Task, state: State, config: dict[str, Any]) -> None:
-    tensors: dict[str, Tensor] = learning.state_dict(state.server.x, state.buffers)
-    about = {"format": "pt", "model": config["model"], "round": str(state.round)}
-    runs.write_tensors(folder / runs.MODEL, tensors, about)
-
-
-def _close(
-    folder: Path, call: Call, rows: list[dict[str, Any]], state: State, signalled: int | None, quiet: bool
-) -> None:
-    """Draws the curves and says where everything is."""
-    plot = "curves need `pip install vfl[plots]`"
-    with contextlib.suppress(UsageError):  # matplotlib is an extra: a run does not fail without it
+def _report(call: Call, folder: Path, done: int) -> None:
+    """Draws the curves, and says how the run ended and where everything is."""
+    history, wanted = runs.read_metrics(folder), call.options.rounds
+    try:
         from vfl.plots import learning_curves
 
-        learning_curves({call.name: runs.read_metrics(folder)}, folder / runs.CURVES)
-        plot = str(folder / runs.CURVES)
-    if quiet:
+        plot = str(learning_curves({call.name: history}, folder / runs.CURVES))
+    except UsageError as error:  # matplotlib is an extra: a run does not fail without it
+        plot = f"none: {error}"
+    if call.options.quiet:
         return
-    scores = {k: v for row in rows for k, v in row.items() if k.startswith("test_")}
+    scores = {k: v for row in history for k, v in row.items() if k.startswith("test_") and v is not None}
     parts = [f"{k.replace('_', ' ')} {v:.2%}" if "accuracy" in k else f"{k.replace('_', ' ')} {v:.4f}"
              for k, v in scores.items()]  # fmt: skip
-    seconds = sum(row["seconds"] for row in rows)
-    ended = "interrupted" if signalled else "done"
-    print(f"{ended} after round {state.round} of {call.options.rounds}: {', '.join(parts) or 'no test set'}; "
-          f"{seconds:.1f} s of training")  # fmt: skip
+    seconds = sum(row["seconds"] for row in history)
+    ended = "interrupted" if done < wanted else "done"
+    print(f"{ended} after round {done} of {wanted}: {', '.join(parts) or 'no test set'}; {seconds:.1f} s of training")
     print(f"run    {folder}\nplot   {plot}")
-    if signalled:
-        print(f"go on  vfl run --resume --out {folder}")
+    if done < wanted:
+        print(f"go on  vfl run --resume --out {shlex.quote(str(folder))}")

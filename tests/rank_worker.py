@@ -1,0 +1,103 @@
+"""What every rank of tests/test_ranks.py runs; the tests run the same scenarios on one rank as the reference."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout, numbers_of, state_numbers
+
+import vfl
+from algorithms.scaffold import Scaffold
+
+OFF = vfl.Evaluation(0)
+
+
+def owners_of(state: vfl.State) -> np.ndarray:
+    """The rank that owns each client [N]; −1 where none does yet."""
+    return np.array([state.store.owners.get(i, -1) for i in range(len(SIZES))])
+
+
+def played(algorithm: Any, task: vfl.Task, data: Any, rounds: int, **options: Any) -> Numbers:
+    """A run's numbers, and round by round the owners and this rank's largest chunk."""
+    owners, history = [], []
+    state = None
+    for state, metrics in vfl.rounds(algorithm, task, data, rounds, **options):
+        assert metrics["execution"] == "vmap"
+        owners.append(owners_of(state))
+        history.append(metrics)
+    return numbers_of(state, history) | {"owners": np.stack(owners), "chunks": np.array([m["chunk"] for m in history])}
+
+
+def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
+    """Every scenario's numbers, by its name."""
+    found = {}
+    options = {"batch_size": 4, "seed": 3, "ranks": ranks}
+    for name, algorithm in ALGORITHMS.items():
+        found[f"most/{name}"] = played(algorithm, mlp(), federated(), 3, clients_per_round=6, evaluation=OFF, **options)
+        found[f"two/{name}"] = played(algorithm, mlp(), federated(), 3, clients_per_round=2, evaluation=OFF, **options)
+    poisson = {"sampling": "poisson", "clients_per_round": 1, "evaluation": OFF}
+    found["poisson"] = played(Scaffold(), norm_and_dropout(), federated(), 8, **poisson, **options)
+    evaluated = {"clients_per_round": 6, "local_steps": 2, "evaluation": vfl.Evaluation(1, 2)}
+    found["evaluated"] = played(Scaffold(), norm_and_dropout(), federated(), 3, **evaluated, **options)
+    spoilt = federated()
+    spoilt.clients.client(2).x[0, 0] = np.nan
+    drop = {"clients_per_round": 6, "on_nonfinite": "drop", "evaluation": OFF}
+    found["dropped"] = played(Scaffold(), norm_and_dropout(), spoilt, 4, **drop, **options)
+    found["diverged"] = diverged(spoilt, **options)
+    found["stopped"] = stopped(ranks)
+    return found
+
+
+def diverged(data: Any, **options: Any) -> Numbers:
+    """What the error says, and the state it leaves."""
+    task = mlp()
+    engine = vfl.Engine(Scaffold().build(task, len(SIZES)), task, data, clients_per_round=3, ranks=options["ranks"])
+    state = engine.init(options["seed"])
+    try:
+        for _ in range(20):
+            state, _ = engine.play(state)
+    except vfl.DivergedError as error:
+        return state_numbers(state) | {"round": np.array(error.round), "clients": np.array(error.clients)}
+    raise AssertionError("the spoilt client was never drawn")
+
+
+def stopped(ranks: vfl.Ranks) -> Numbers:
+    """The rounds that were played though 9 were asked for: the last rank alone wants to stop, in round 3."""
+    done = []
+
+    def stop() -> bool:
+        return ranks.rank == ranks.world - 1 and len(done) == 2
+
+    options = {"clients_per_round": 3, "stop": stop, "ranks": ranks}
+    for _, metrics in vfl.rounds(ALGORITHMS["fedavg"], mlp(), federated(), 9, **options):
+        done.append(metrics["round"])
+    return {"rounds": np.array(done)}
+
+
+def counted(ranks: vfl.Ranks) -> Numbers:
+    """How many collectives 5 rounds take."""
+    calls = []
+    wrapped = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast", "barrier")}
+    for name, real in wrapped.items():
+        setattr(dist, name, lambda *args, name=name, real=real, **kw: (calls.append(name), real(*args, **kw))[1])
+    options = {"clients_per_round": 6, "evaluation": OFF, "ranks": ranks}
+    vfl.simulate(Scaffold(), norm_and_dropout(), federated(), 5, **options)
+    for name, real in wrapped.items():
+        setattr(dist, name, real)
+    return {"calls": np.array(calls)}
+
+
+def main(folder: Path) -> None:
+    """Writes this rank's numbers to a file of its own."""
+    torch.set_num_threads(1)
+    with vfl.launched(torch.device("cpu")) as ranks:
+        found = scenarios(ranks) | {"counted": counted(ranks)}
+    flat = {f"{scenario}/{name}": value for scenario, numbers in found.items() for name, value in numbers.items()}
+    np.savez(folder / f"{ranks.world}-{ranks.rank}.npz", **flat)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
