@@ -30,20 +30,22 @@ def fedavg(
 ) -> vfl.Algorithm:
     """FedAvg whose local steps descend `corrected(g, y, x)` where g is the gradient at the local model y."""
 
+    trainer = config.trainer(task)
+
     def init_server(x: Tensor) -> Server:
-        return Server(x, config.server_init(task, x), x.new_zeros(()))
+        return Server(x, trainer.server.init(x), x.new_zeros(()))
 
     def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-        return config.broadcast(server.x, server.t)
+        return trainer.broadcast(server.x, server.t)
 
     def client_update(
         sent: vfl.ModelAndRate, client: tuple[()], batches: vfl.Batches, key: Tensor
     ) -> tuple[vfl.Message, tuple[()], vfl.Metrics]:
-        y, metrics = config.train(task, sent, batches, lambda g, y: corrected(g, y, sent.x))
-        return vfl.message(y - sent.x, config.weight(batches)), client, metrics
+        y, metrics = trainer.train(sent, batches, lambda g, y: corrected(g, y, sent.x))
+        return vfl.message(y - sent.x, trainer.weight(batches)), client, metrics
 
     def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
-        x, opt = config.server_step(task, mean.payload, server.opt, server.x, server.t)
+        x, opt = trainer.server_step(mean.payload, server.opt, server.x, server.t)
         return Server(x, opt, server.t + 1), {}
 
     return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update)

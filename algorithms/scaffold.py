@@ -62,31 +62,33 @@ class Scaffold(vfl.LocalTraining):
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task and N = population clients."""
 
+        trainer = self.trainer(task)
+
         def init_server(x: Tensor) -> Server:
-            return Server(x, x.new_zeros(x.shape), self.server_init(task, x), x.new_zeros(()))
+            return Server(x, x.new_zeros(x.shape), trainer.server.init(x), x.new_zeros(()))
 
         def init_client(x: Tensor) -> Tensor:
             return x.new_zeros(x.shape)
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-            (x, lr), _ = self.broadcast(server.x, server.t)
+            (x, lr), _ = trainer.broadcast(server.x, server.t)
             return vfl.Broadcast(Sent(x, server.c, lr), vfl.float_bits((x, server.c)))
 
         def client_update(
             sent: Sent, c_i: Tensor, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Tensor, vfl.Metrics]:
             x, c, lr = sent
-            y, metrics = self.train(task, vfl.ModelAndRate(x, lr), batches, lambda g, y: g - c_i + c)
+            y, metrics = trainer.train(vfl.ModelAndRate(x, lr), batches, lambda g, y: g - c_i + c)
             if self.option == 1:
                 c_new, cost = vfl.full_gradient(task.grad_fn, x, batches)
                 metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
             else:
                 c_new = c_i - c + (x - y) / (batches.steps * lr)
-            return vfl.message(Delta(y - x, c_new - c_i), self.weight(batches)), c_new, metrics
+            return vfl.message(Delta(y - x, c_new - c_i), trainer.weight(batches)), c_new, metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             delta: Delta = mean.payload
-            x, opt = self.server_step(task, delta.y, server.opt, server.x, server.t)
+            x, opt = trainer.server_step(delta.y, server.opt, server.x, server.t)
             c = server.c + mean.clients / population * delta.c
             return Server(x, c, opt, server.t + 1), {}
 

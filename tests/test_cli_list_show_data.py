@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from vfl import UsageError, runs
 from vfl.algorithms import algorithms, load_algorithm
-from vfl.cli import main
 from vfl.cli import data as data_command
-from vfl.cli.catalog import _TABLES, List, summary, usage
+from vfl.cli import main
+from vfl.cli.catalog import TABLES, List, summary, usage
 from vfl.cli.data import DataGet, DataShow
 from vfl.cli.inspect import Show
 from vfl.data.download import SOURCES, Source
@@ -173,17 +174,17 @@ def test_list_shows_a_broken_package_beside_the_others(package: Package, capsys:
     assert found["mine"][0] == "good 2.0"
 
 
-@pytest.mark.parametrize("kind", list(_TABLES))
+@pytest.mark.parametrize("kind", list(TABLES))
 def test_list_shows_every_entry_of_a_registry_as_it_is_written(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     List(kind).run()
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [parse(line.split()[0].replace("[", "")).name for line in lines] == list(_TABLES[kind][1])
+    assert [parse(line.split()[0].replace("[", "")).name for line in lines] == list(TABLES[kind][1])
 
 
 def test_list_without_a_kind_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
     List().run()
     titles = [line.partition(":")[0] for line in ("\n" + capsys.readouterr().out).split("\n\n")]
-    assert [title.strip() for title in titles] == ["algorithms", *_TABLES]
+    assert [title.strip() for title in titles] == ["algorithms", *TABLES]
 
 
 @pytest.mark.parametrize(
@@ -194,11 +195,11 @@ def test_list_without_a_kind_shows_everything(capsys: pytest.CaptureFixture[str]
      ("schedules", "multistep", "multistep[:MILESTONES,…,factor=0.1]")],
 )  # fmt: skip
 def test_usage_shows_what_a_user_writes_and_nothing_that_vfl_fills_in(kind: Any, name: str, written: str) -> None:
-    assert usage(name, _TABLES[kind][1][name]) == written
+    assert usage(name, TABLES[kind][1][name]) == written
 
 
 def test_every_registered_entry_says_what_it_is() -> None:
-    entries = {f"{kind} {name}": f for kind, (_, table) in _TABLES.items() for name, f in table.items()}
+    entries = {f"{kind} {name}": f for kind, (_, table) in TABLES.items() for name, f in table.items()}
     assert not [name for name, function in entries.items() if not summary(function).endswith((".", ".)"))]
 
 
@@ -234,7 +235,9 @@ def test_show_gives_options_scores_totals_and_files(
     assert set(cells(out, "files")) == {"config.yaml", "metrics.jsonl"}
 
 
-def test_show_gives_all_options_of_an_algorithm_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_gives_all_options_of_an_algorithm_that_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_run(tmp_path / "run", [row(1)], algorithm="gone")
     Show((run,)).run()
     assert set(cells(capsys.readouterr().out, str(run))) == {
@@ -253,7 +256,8 @@ def test_show_counts_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for t in (50, 100):
         runs.write_atomically(run / runs.CHECKPOINTS / f"round-{t:08d}.safetensors", b"x" * 500)
     Show((run,)).run()
-    assert cells(capsys.readouterr().out, "files")["checkpoints/"][0].strip() == "1 kB, 2 of them, the newest of round 100"
+    (saved,) = cells(capsys.readouterr().out, "files")["checkpoints/"]
+    assert saved.strip() == "1 kB, 2 of them, the newest of round 100"
 
 
 def test_show_compares_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,8 +266,8 @@ def test_show_compares_several_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     Show((one, two)).run()
     out = capsys.readouterr().out
     scores = {line.split()[0]: line.split()[1:] for line in out.splitlines()[3:5]}
-    assert scores["one"] == "2/50 0.2500 0.5000 @1 0.5000 2 Mbit 200 0:01:00".split()
-    assert scores["two"] == "1/50 - - 1.0000 1 Mbit 100 0:00:30".split()
+    assert scores["one"] == ["2/50", "0.2500", "0.5000", "@1", "0.5000", "2", "Mbit", "200", "0:01:00"]
+    assert scores["two"] == ["1/50", "-", "-", "1.0000", "1", "Mbit", "100", "0:00:30"]
     options = cells(out, "what differs")
     assert options["one"][0].strip() == "mu=0.25 local-lr=0.1"
     assert options["two"][0].strip() == "mu=1.0 local-lr=0.5"
@@ -409,8 +413,8 @@ def test_data_get_shows_a_bar_a_file_in_a_terminal(
 @pytest.mark.parametrize(
     ("argv", "text"),
     [(["list", "models"], "mlp[:SIZES,…]"), (["list"], "schedules: "), (["show", "RUN"], "round 2/50"),
-     (["show", "RUN", "RUN", "--x-axis", "bits_up"], "2 runs"), (["data", "show", "digits", "--clients", "5"], "plot  "),
-     (["data", "get", "tiny"], "tiny is in")],
+     (["show", "RUN", "RUN", "--x-axis", "bits_up"], "2 runs"), (["data", "get", "tiny"], "tiny is in"),
+     (["data", "show", "digits", "--clients", "5"], "plot  ")],
 )  # fmt: skip
 def test_commands_run_from_the_command_line(
     argv: list[str], text: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
 import vfl
 from algorithms.fedavg import FedAvg
-from rich.console import Console
 from vfl import display
 from vfl.display import Tally, progress
 from vfl.terminal import duration, facts, number, section, si, sparkline, table, terminal

@@ -268,3 +268,10 @@ def test_weighted_means_estimate_full_participation_without_bias() -> None:
     wanted = values[filled].sum() / N
     second = (values[filled] ** 2 / (N * N * p[filled])).sum()
     is_mean(by_clients, wanted, math.sqrt((second - wanted**2) / 5))
+
+
+def test_poisson_takes_a_fraction_as_the_probability_itself() -> None:
+    offsets = np.arange(6)
+    counts = [len(sampler("poisson", "50%", offsets).draw(random.fold_in(random.key(0), t)).ids) for t in range(4000)]
+    mean, error = np.mean(counts), np.sqrt(5 * 0.25 / 4000)
+    assert abs(mean - 2.5) < 4 * error  # rounded to whole clients it would be 2

@@ -67,7 +67,6 @@ class ChunkSize:
     def __init__(self, wanted: int | None, client_bytes: int, device: torch.device) -> None:
         self.memory = Memory(device)
         self.settled = wanted is not None
-        self.ceiling: int | None = None  # a size that ran out of memory is never tried again
         free = self.memory.free()
         first = 16 if free is None else int(min(max(MEMORY_SHARE * free / client_bytes, 1), 16))
         self.size = wanted or first
@@ -97,16 +96,13 @@ class ChunkSize:
             if 2 * clients * each > MEMORY_SHARE * free:
                 self._settle(clients)
                 return
-        if self.ceiling is not None and 2 * clients >= self.ceiling:
-            self._settle(clients)
-            return
         self.size = 2 * clients
 
     def halve(self, clients: int) -> bool:
         """After running out of memory with so many clients: False when there is nothing left to halve."""
         if clients <= 1:
             return False
-        self.ceiling, self.size, self.settled = clients, clients // 2, True
+        self.size, self.settled = clients // 2, True
         log.warning("out of memory with %d clients at once; going on with %d", clients, self.size)
         if self.memory.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -56,9 +56,9 @@ class Ranks(NamedTuple):
             dist.barrier()
 
 
-def environment_rank() -> int:
-    """This process's rank by the launcher's variables, before or without a process group."""
-    return int(os.environ.get("RANK", "0"))
+def local_rank() -> int:
+    """This process's number on its machine, by the launcher's variable; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def local_device(name: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     _, colon, index = name.partition(":")
-    number = int(index) if colon else int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1)
+    number = int(index) if colon else local_rank() % max(count, 1)
     if number >= count:
         found = f"the {count} here have the numbers 0 to {count - 1}" if count else "torch finds no GPU here"
         raise UsageError(f"device {name!r} cannot be used: {found}; `--device auto` takes what there is")

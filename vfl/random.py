@@ -55,6 +55,8 @@ def choice(key: Tensor, n: int, k: int) -> Tensor:
 
 def randint(key: Tensor, shape: Sequence[int], high: int) -> Tensor:
     """Integers uniform on 0 … high − 1, high ≤ 2³¹: int64 [..., *shape] (bias below high / 2³²)."""
+    if not 1 <= high <= 2**31:
+        raise ValueError(f"randint draws below a bound from 1 to 2³¹, not {high}")
     words = _shift(bits(key, prod(shape)), 32)
     return ((words * high) >> 32).reshape((*key.shape, *shape))
 

@@ -177,7 +177,7 @@ def _unfinished(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, hint: str = "once that is mended, --resume goes on from the newest checkpoint") -> Iterator[None]:
+def _writing(path: Path, hint: str = "then --resume goes on from the newest checkpoint") -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -33,29 +33,37 @@ Amount = str | int | float
 
 def cohort_size(amount: Amount, population: int) -> int:
     """The count that an amount means. Raises UsageError when it is no amount, below one client or above all."""
-    text, count = str(amount).strip(), 0
+    value = _amount(amount, population)
+    return max(round(value * population), 1) if isinstance(value, float) else value
+
+
+def cohort_rate(amount: Amount, population: int) -> float:
+    """The share q of the population that an amount means, not rounded to whole clients."""
+    value = _amount(amount, population)
+    return value if isinstance(value, float) else value / population
+
+
+def _amount(amount: Amount, population: int) -> int | float:
+    """A count (int) from 1 to the population, or a share (float) in (0, 1]."""
+    text = str(amount).strip()
     try:
         if text == "all":
             return population
         if text.endswith("%"):
-            share = float(text[:-1]) / 100
+            value = float(text[:-1]) / 100
         elif isinstance(amount, float) or not text.lstrip("-").isdigit():
-            share = float(text)
+            value = float(text)
         else:
-            share, count = None, int(text)
+            value = int(text)
     except ValueError:
         raise UsageError(f"clients-per-round {text!r} is not a count, a fraction (0.1 or 10%) or 'all'") from None
-    if share is not None:
-        if not 0 < share <= 1:
-            raise UsageError(
-                f"clients-per-round {text!r} is a fraction outside (0, 1]; write a whole number for a count"
-            )
-        count = max(round(share * population), 1)
-    if count < 1:
-        raise UsageError(f"clients-per-round must be at least 1, not {count}")
-    if count > population:
-        raise UsageError(f"clients-per-round is {count}, above the population of {population} clients")
-    return count
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise UsageError(f"clients-per-round {text!r} is a fraction outside (0, 1]; write a whole number for a count")
+    if value < 1 and isinstance(value, int):
+        raise UsageError(f"clients-per-round must be at least 1, not {value}")
+    if value > population:
+        raise UsageError(f"clients-per-round is {value}, above the population of {population} clients")
+    return value
 
 
 def uniform(*, amount: Amount, offsets: np.ndarray) -> Sampler:
@@ -79,9 +87,12 @@ def replacement(*, amount: Amount, offsets: np.ndarray) -> Sampler:
 
 
 def poisson(*, amount: Amount, offsets: np.ndarray) -> Sampler:
-    """Every client independently with probability S/N, as privacy accounting assumes; a cohort may be empty."""
+    """Every client independently with probability q = S/N, as privacy accounting assumes; a cohort may be empty.
+
+    A fraction is q itself, not rounded to whole clients.
+    """
     population = len(offsets) - 1
-    q = cohort_size(amount, population) / population
+    q = cohort_rate(amount, population)
 
     def draw(key: Tensor) -> Cohort:
         # A binomial count, then a uniform set of that size: the same law as N coins, without tossing them.

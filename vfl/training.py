@@ -12,8 +12,8 @@ from torch import Tensor
 from vfl.base import Algorithm, Broadcast, Metrics, Tree
 from vfl.errors import UsageError
 from vfl.local import Batches, Direction, descend, float_bits
-from vfl.optimizers import optimizer
-from vfl.schedules import schedule
+from vfl.optimizers import Optimizer, optimizer
+from vfl.schedules import Schedule, schedule
 from vfl.task import Task
 
 
@@ -54,10 +54,12 @@ class LocalTraining:
     """Factor on the server step size, by round (see local-schedule)."""
 
     def __post_init__(self) -> None:
-        for name in ("local_lr", "server_lr", "clip_norm"):
+        for name in ("local_lr", "server_lr"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
+            if not (value >= 0 and math.isfinite(value)):
                 raise UsageError(f"{name.replace('_', '-')} must be a finite number ≥ 0, not {value}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"clip-norm must be a number > 0, not {self.clip_norm}")
         if self.weighting not in ("examples", "uniform", "steps"):
             raise UsageError(f"weighting must be examples, uniform or steps, not {self.weighting!r}")
         for spec in (self.local_optimizer, self.server_optimizer):
@@ -65,27 +67,44 @@ class LocalTraining:
         for spec in (self.local_schedule, self.server_schedule):
             schedule(spec)
 
+    def trainer(self, task: Task) -> Trainer:
+        """These options at work on a task."""
+        return Trainer(
+            self,
+            task,
+            optimizer(self.local_optimizer, task.sizes),
+            schedule(self.local_schedule),
+            optimizer(self.server_optimizer, task.sizes),
+            schedule(self.server_schedule),
+        )
+
+
+class Trainer(NamedTuple):
+    """The steps of a local-update method: what an algorithm calls."""
+
+    config: LocalTraining
+    task: Task
+    local: Optimizer
+    local_schedule: Schedule
+    server: Optimizer
+    server_schedule: Schedule
+
     def broadcast(self, x: Tensor, t: Tensor) -> Broadcast:
         """Sends the model x [D] with the step size of round t []; the model alone counts as downlink."""
-        return Broadcast(ModelAndRate(x, self.local_lr * schedule(self.local_schedule)(t).to(x.dtype)), float_bits(x))
+        lr = self.config.local_lr * self.local_schedule(t).to(x.dtype)
+        return Broadcast(ModelAndRate(x, lr), float_bits(x))
 
-    def train(
-        self, task: Task, sent: ModelAndRate, batches: Batches, direction: Direction | None = None
-    ) -> tuple[Tensor, Metrics]:
+    def train(self, sent: ModelAndRate, batches: Batches, direction: Direction | None = None) -> tuple[Tensor, Metrics]:
         """The local model y [D] after the client's steps from sent.x, and their metrics."""
-        local = optimizer(self.local_optimizer, task.sizes)
-        return descend(task.grad_fn, sent.x, batches, local, sent.lr, direction=direction, max_norm=self.clip_norm)
+        return descend(
+            self.task.grad_fn, sent.x, batches, self.local, sent.lr, direction=direction, max_norm=self.config.clip_norm
+        )
 
     def weight(self, batches: Batches) -> Tensor:
         """The client's weight [] in the mean."""
         one = torch.ones((), dtype=batches.dtype, device=batches.steps.device)
-        return one * {"examples": batches.examples, "steps": batches.steps, "uniform": 1}[self.weighting]
+        return one * {"examples": batches.examples, "steps": batches.steps, "uniform": 1}[self.config.weighting]
 
-    def server_init(self, task: Task, x: Tensor) -> Tree:
-        """The server optimizer's state."""
-        return optimizer(self.server_optimizer, task.sizes).init(x)
-
-    def server_step(self, task: Task, delta: Tensor, opt: Tree, x: Tensor, t: Tensor) -> tuple[Tensor, Tree]:
+    def server_step(self, delta: Tensor, opt: Tree, x: Tensor, t: Tensor) -> tuple[Tensor, Tree]:
         """One step of the server optimizer on the pseudo-gradient −delta [D] (Reddi et al., 2003.00295): x⁺, state⁺."""
-        lr = self.server_lr * schedule(self.server_schedule)(t).to(x.dtype)
-        return optimizer(self.server_optimizer, task.sizes).step(-delta, opt, x, lr)
+        return self.server.step(-delta, opt, x, self.config.server_lr * self.server_schedule(t).to(x.dtype))

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
-from vfl.distributed import environment_rank
+from vfl.chunks import out_of_memory
+from vfl.distributed import local_rank
 from vfl.errors import ClientError, DivergedError, UsageError, unknown
 
 USAGE = """\
 vfl: federated-learning simulation
 
-  vfl run ALGORITHM [options]   run an experiment; `vfl run fedavg --help` shows every option
-  vfl list [KIND]               what there is: algorithms, models, data, partitions, samplers, optimizers, schedules
+  vfl run ALGORITHM [options]   run an experiment
+  vfl run ALGORITHM --help      what its options mean
+  vfl list [KIND]               what there is: algorithms, models, data,
+                                partitions, samplers, optimizers, schedules
   vfl show RUN [RUN ...]        what a run's folder holds; several are compared
   vfl data get NAME             download a data set
-  vfl data show NAME            how a data set is dealt to clients: table and plot
+  vfl data show NAME            how a data set is dealt to clients: table, plot
 
-A first run, on embedded data:  vfl run fedavg --partition dirichlet:0.3
+A first run, on embedded data:
+
+  vfl run fedavg --partition dirichlet:0.3
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The program; ends with code 0, 2 for bad input, 1 for a run that diverged or failed in a client."""
+    """The program; ends with the code that `_main` returns."""
     sys.exit(_main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(argv: list[str]) -> int:
+    """Runs a command. The code is 0 when it is done, 1 for a run that diverged, failed in a client or ran out of
+    memory, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -37,10 +45,26 @@ def _main(argv: list[str]) -> int:
         return 0
     try:
         return _command(argv[0], argv[1:])
-    except (UsageError, DivergedError, ClientError) as error:
-        if environment_rank() == 0 or isinstance(error, ClientError):
-            print(f"vfl: {error}", file=sys.stderr)
+    except (UsageError, DivergedError) as error:
+        if local_rank() == 0:  # what one rank of a machine finds, all do
+            _say(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except ClientError as error:
+        traceback.print_exception(error.__cause__)
+        _say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _say("stopped; a run goes on from its newest checkpoint with --resume")
+        return 130
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _say(f"out of memory: {error}")
+        return 1
+
+
+def _say(sentence: str) -> None:
+    print(f"vfl: {sentence}", file=sys.stderr)
 
 
 def _command(name: str, argv: list[str]) -> int:
@@ -51,8 +75,7 @@ def _command(name: str, argv: list[str]) -> int:
         from vfl.cli.run import run
 
         return run(argv)
-    import tyro
-
+    from vfl.cli.arguments import parse
     from vfl.cli.catalog import List
     from vfl.cli.data import DataGet, DataShow
     from vfl.cli.inspect import Show
@@ -64,5 +87,5 @@ def _command(name: str, argv: list[str]) -> int:
         name = f"data {argv.pop(0)}"
     if name not in commands:
         raise unknown("command", name, ["run", "list", "show", "data"])
-    tyro.cli(commands[name], args=argv, prog=f"vfl {name}").run()
+    parse(commands[name], argv, f"vfl {name}").run()
     return 0

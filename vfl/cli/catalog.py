@@ -21,7 +21,7 @@ from vfl.terminal import section, table, terminal
 
 Kind = Literal["algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules"]
 
-_TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
+TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "models": ("--model, or your own as package.module:factory", MODELS),
     "data": ("--data", DATASETS),
     "partitions": ("--partition", PARTITIONS),
@@ -41,7 +41,7 @@ class List:
     def run(self) -> None:
         """Prints the tables."""
         console = terminal()
-        kinds: list[Kind] = ["algorithms", *_TABLES] if self.kind == "all" else [self.kind]
+        kinds: list[Kind] = ["algorithms", *TABLES] if self.kind == "all" else [self.kind]
         for kind in kinds:
             if kind != kinds[0]:
                 console.print()
@@ -50,7 +50,7 @@ class List:
                 shown = table("name", "from", "what it is")
                 rows = _algorithms()
             else:
-                option, entries = _TABLES[kind]
+                option, entries = TABLES[kind]
                 shown = table("how to write it", "what it is")
                 rows = _entries(kind, entries)
             for row in rows:

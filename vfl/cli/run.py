@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vfl import checkpoint, runs
 from vfl.cli.options import Call, parse_run
@@ -27,7 +28,7 @@ from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.models import model
 from vfl.simulate import Evaluation, make_engine, play
-from vfl.task import Task, cross_entropy, squared_error, task
+from vfl.task import Loss, Task, cross_entropy, squared_error, task
 
 log = logging.getLogger("vfl")
 
@@ -54,7 +55,8 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
         on_nonfinite=options.on_nonfinite, ranks=ranks,
     )  # fmt: skip
-    folder, state = _open(call, engine.init(options.seed), device, ranks)
+    folder, start = _open(call, engine.init(options.seed), device, ranks)
+    state = start
     when = Evaluation(options.eval_every, options.client_eval_every)
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
@@ -69,13 +71,13 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
 
     with (
         _signals() as signalled,
-        _recording(folder, state.round, ranks) as record,
-        progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=state.round) as show,
+        _recording(folder, start.round, ranks) as record,
+        progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
     ):
-        if state.round:
-            log.warning("going on from round %d of %s", state.round, folder)
+        if start.round:
+            log.warning("going on from round %d of %s", start.round, folder)
         try:
-            for state, metrics in play(engine, state, options.rounds, evaluation=when, stop=lambda: bool(signalled())):
+            for state, metrics in play(engine, start, options.rounds, evaluation=when, stop=lambda: bool(signalled())):
                 record(metrics)
                 show(metrics)
                 if options.checkpoint_every and state.round % options.checkpoint_every == 0:
@@ -112,7 +114,7 @@ def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple
     if rounds := int(ranks.all_reduce(after)):
         state = checkpoint.load(checkpoint.of_round(folder, rounds - 1), fresh, call.fingerprint(), ranks)
     if state.round > options.rounds:
-        raise UsageError(f"the run in {folder} has {state.round} rounds behind it, more than --rounds {options.rounds}; "
+        raise UsageError(f"the run in {folder} has done {state.round} rounds, more than --rounds {options.rounds}; "
                          "ask for more or leave --rounds out")  # fmt: skip
     if ranks.first and resuming:
         runs.reopen(folder, call.config())
@@ -123,17 +125,16 @@ def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple
 
 
 def _launch() -> str | None:
-    """A name of this torchrun that its restarts keep and others have not; None where nothing restarts the run."""
+    """What this torchrun's restarts share and others do not; None where nothing restarts the run."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
         return None
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
 
 
 def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
     """The model, drawn from the seed, with the loss that the data asks for: cross-entropy, or half the squared error.
 
-    Raises UsageError when the model's outputs do not fit the data.
+    Raises UsageError when the model cannot take the data's inputs or its outputs do not fit the targets.
     """
     options, dtype = call.options, getattr(torch, call.options.dtype)
     if "" not in sys.path:
@@ -142,18 +143,40 @@ def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
         torch.manual_seed(options.seed)
         module = model(options.model, tuple(data.clients.x.shape[1:]), data.classes)
     loss = cross_entropy if data.classes else squared_error
-    try:
-        with torch.no_grad():
-            few = data.transform(data.clients.x[:2], torch.float32)
-            outputs = module.eval()(few)
-    except (RuntimeError, ValueError, IndexError) as error:
-        shape = "×".join(map(str, data.clients.x.shape[1:]))
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"model {options.model!r} cannot take the inputs of {data.name} ({shape}): {reason}") from None
-    if data.classes and outputs.shape[-1] <= int(data.clients.y.max()):
-        raise UsageError(f"model {options.model!r} has {outputs.shape[-1]} outputs, too few for the labels 0 to "
-                         f"{int(data.clients.y.max())} of {data.name}")  # fmt: skip
-    return task(module.train(), loss, device=device, dtype=dtype)
+    _try(module, loss, data, options.model)
+    return task(module, loss, device=device, dtype=dtype)
+
+
+def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
+    """Evaluates the model on two examples, so that one that does not fit the data is refused before the run begins."""
+    x, y = data.clients.x[:2], data.clients.y[:2]
+    shape = "×".join(map(str, x.shape[1:]))
+    with torch.no_grad():
+        try:
+            outputs = module.eval()(data.transform(x, torch.float32))
+        except Exception as error:  # the model is anyone's code
+            raise UsageError(
+                f"model {name!r} cannot take the inputs of {data.name} ({shape}): {_first(error)}"
+            ) from None
+        if data.classes and isinstance(outputs, Tensor) and outputs.dim():
+            labels = [split.y for split in (data.clients, data.test, data.validation, data.held_out) if split]
+            largest = max(int(y.max()) for y in labels if y.numel())
+            if outputs.shape[-1] <= largest:
+                raise UsageError(f"model {name!r} has {outputs.shape[-1]} outputs, too few for the labels 0 to {largest} "
+                                 f"of {data.name}")  # fmt: skip
+        try:
+            fits = loss(outputs, y).shape == (len(y),)
+        except Exception as error:
+            raise UsageError(
+                f"model {name!r} has outputs that the loss of {data.name} cannot take: {_first(error)}"
+            ) from None
+        if not fits:
+            raise UsageError(f"model {name!r} must give one row of outputs an example")
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
