@@ -429,7 +429,7 @@ def test_commands_run_from_the_command_line(
 
 @pytest.mark.parametrize(
     ("argv", "text"),
-    [(["list", "model"], "invalid choice"), (["show", "here"], "is not the folder of a run"),
+    [(["list", "model"], "'model'"), (["show", "here"], "is not the folder of a run"),
      (["show"], "at least one run"), (["data", "get", "digits"], "needs no download"),
      (["data", "get", "mnst"], "did you mean 'mnist'"), (["data", "show", "digits", "--partition", "iidd"], "'iid'")],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Several ranks (real processes over gloo) give what one rank gives. Every scenario lies in tests/rank_worker.py."""
 
+import contextlib
 import itertools
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ALGORITHMS, ROOT, SIZES, Numbers, assert_same
-from rank_worker import scenarios
+from rank_worker import WORLDS, scenarios
 
 import vfl
 
@@ -20,42 +21,43 @@ SECONDS = 120  # after which a launch counts as hung
 PER_RANK = ("owners", "chunks")  # numbers that are not meant to agree
 
 
-def start(world: int, folder: Path) -> list[subprocess.Popen]:
-    """The processes of a launch, each writing what it says to a file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
+def start(folder: Path) -> list[subprocess.Popen]:
+    """A process for each rank of the largest world, each writing what it says to a file."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in WORLDS]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [str(probe.getsockname()[1]) for probe in probes]
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if sys.platform == "linux":
-        shared["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve
     processes = []
-    for rank in range(world):
-        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-W", "error", str(WORKER), str(folder)]
-        with (folder / f"{world}-{rank}.log").open("w") as log:
+    for rank in range(max(WORLDS)):
+        command = [sys.executable, "-W", "error", str(WORKER), str(folder), str(rank), *ports]
+        with (folder / f"{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return processes
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory) -> dict[int, list[dict[str, Numbers]]]:
-    """Each world's ranks' numbers by scenario: 2 ranks, and 3, which is more than some cohorts hold."""
+    """Each world's ranks' numbers by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = {(world, rank): p for world in (2, 3) for rank, p in enumerate(start(world, folder))}
+    processes = start(folder)
     deadline = time.monotonic() + SECONDS
     try:
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes.values()):
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
             time.sleep(0.05)
-        codes = {who: process.poll() for who, process in processes.items()}  # None: hung
+        codes = [process.poll() for process in processes]  # None: hung
     finally:
-        for process in processes.values():
+        for process in processes:
             process.kill()
             process.wait()
-    for (world, rank), code in codes.items():
-        said = (folder / f"{world}-{rank}.log").read_text()
-        assert code == 0, f"rank {rank} of {world} ended with {code} (None: killed after {SECONDS} s):\n{said}"
-    return {world: [load(folder / f"{world}-{rank}.npz") for rank in range(world)] for world in (2, 3)}
+    for rank, code in enumerate(codes):
+        said = (folder / f"{rank}.log").read_text()
+        assert code == 0, f"rank {rank} ended with {code} (None: killed after {SECONDS} s):\n{said}"
+    return {world: [load(folder / f"{world}-{rank}.npz") for rank in range(world)] for world in WORLDS}
 
 
 def load(path: Path) -> dict[str, Numbers]:
@@ -89,7 +91,7 @@ SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGO
              "poisson", "evaluated", "dropped", "diverged", "stopped"]  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_several_ranks_equal_one(launches, alone, scenario, world):
     found = united([rank[scenario] for rank in launches[world]])
@@ -107,12 +109,12 @@ def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
     assert alone["diverged"]["clients"].tolist() == [2]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_does_some_of_the_work(launches, world):
     assert all(rank["most/fedavg"]["chunks"].all() for rank in launches[world])
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if "scaffold" in s] + ["poisson", "dropped"])
 def test_a_client_with_state_stays_with_its_rank(launches, scenario, world):
     ranks = [rank[scenario] for rank in launches[world]]
@@ -125,20 +127,20 @@ def test_a_client_with_state_stays_with_its_rank(launches, scenario, world):
         assert (owners[-1][numbers["client.ids"]] == rank).all()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_clients_with_state_are_spread_over_the_ranks(launches, world):
     owned = [len(rank["most/scaffold-option=2"]["client.ids"]) for rank in launches[world]]
     assert min(owned) >= 1
     assert sum(owned) == sum(size > 0 for size in SIZES)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_round_takes_exactly_one_collective(launches, world):
     for rank in launches[world]:
         assert rank["counted"]["calls"].tolist() == ["all_reduce"] * 5
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_stop_on_one_rank_stops_all_after_the_same_round(launches, world):
     for rank in launches[world]:
         assert rank["stopped"]["rounds"].tolist() == [1, 2, 3]

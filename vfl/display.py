@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -201,7 +202,11 @@ class _Board:
         self.tally.add(metrics)
         self.groups = (_quality(self.tally), _costs(self.tally), _speed(self.tally))
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # The terminal echoes Ctrl-C as ^C behind the last line, where it must not begin a new one.
+        yield Constrain(self._view(), options.max_width - 2)
+
+    def _view(self) -> RenderableType:
         tally, groups = self.tally, self.groups
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)

@@ -75,7 +75,7 @@ def _sentence(box: str) -> str:
         lines, rules = lines[1:], [i - 1 for i in rules[1:]]
     said = " ".join(" ".join(lines[: rules[0] if rules else None]).split())
     said = re.sub(r"Missing value for argument '(\S+)'\. Expected 1 values\.", r"\1 needs a value", said)
-    return re.sub("^Error parsing ", "", said).rstrip(".")
+    return re.sub(r"^Error parsing (\S+?):? (?=must)|^Error parsing ", r"\1 ", said).strip(" .")
 
 
 @_REGISTRY.primitive_rule
@@ -86,17 +86,15 @@ def _one_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if len(kinds) != 1 or not (kinds[0] in _KINDS or get_origin(kinds[0]) is Literal):
         return None
     kind, optional = kinds[0], len(members) > 1
-    if kind in _KINDS:
-        (metavar, wanted), read = _KINDS[kind], kind
-    else:
-        choices = {str(choice): choice for choice in get_args(kind)}
-        metavar, wanted, read = "{" + ",".join(choices) + "}", " or ".join(choices), choices.__getitem__
+    choices = {str(choice): choice for choice in get_args(kind)}  # of a Literal
+    metavar, wanted = _KINDS.get(kind, ("{" + ",".join(choices) + "}", "one of these"))
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
-        instance_from_str=_reader(read, wanted, optional),
+        instance_from_str=_reader(choices.__getitem__ if choices else kind, wanted, optional),
         is_instance=lambda value: value is None or not isinstance(value, bool),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
+        choices=(*choices, *["none"] * optional) if choices else None,
     )
 
 
@@ -109,7 +107,7 @@ def _reader(read: Callable[[str], Any], wanted: str, optional: bool) -> Callable
             raise ValueError("must not be empty")
         try:
             return read(text)
-        except (KeyError, ValueError):
+        except ValueError:
             raise ValueError(f"must be {wanted}{' or none' * optional}, not {text!r}") from None
 
     return value

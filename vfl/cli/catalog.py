@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ from vfl.schedules import SCHEDULES
 from vfl.spec import describe
 from vfl.terminal import section, table, terminal
 
-Kind = Literal["algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules"]
+Kind = Literal["all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules"]
 
 TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "models": ("--model, or your own as package.module:factory", MODELS),
@@ -35,8 +35,8 @@ TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
 class List:
     """Lists what a run can be made of, and how to write it."""
 
-    kind: tyro.conf.Positional[Kind | Literal["all"]] = "all"
-    """What to list."""
+    kind: Annotated[Kind, tyro.conf.Positional, tyro.conf.arg(metavar="[KIND]")] = "all"
+    """What to list: all, algorithms, models, data, partitions, samplers, optimizers or schedules."""
 
     def run(self) -> None:
         """Prints the tables."""

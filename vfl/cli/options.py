@@ -177,7 +177,7 @@ def parse_run(argv: Sequence[str]) -> Call:
 
 def _config_file(argv: list[str]) -> Path | None:
     """The file named by --config, or that of the run to resume."""
-    named, out = _value(argv, "--config"), _value(argv, "--out")
+    named, out = _value(argv, "--config") or None, _value(argv, "--out")
     if "--resume" in argv:
         if out is None:
             raise UsageError("--resume needs --out, the folder of the run to go on with")
@@ -222,14 +222,17 @@ def _as_arguments(config: dict[str, Any], fields: dict[str, dataclasses.Field], 
         name = key.replace("-", "_")
         if name == "algorithm":
             continue
-        if name not in fields or name in ABOUT_THE_CALL:
+        if name not in fields:
             raise UsageError(f"{file}: {unknown('option', key, set(fields) - ABOUT_THE_CALL)}")
-        if isinstance(value, bool) and isinstance(fields[name].default, bool):
+        if name in ABOUT_THE_CALL:
+            raise UsageError(f"{file}: {key} is no part of an experiment; give {flag(name)} on the command line")
+        default = fields[name].default
+        if isinstance(value, bool) and isinstance(default, bool):
             arguments.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, dict) or (isinstance(value, list) and isinstance(default, str | int | float | None)):
+            raise UsageError(f"{file}: {key} must be one value, not {value}")
         elif isinstance(value, list):
             arguments += [flag(name), *map(str, value)]
-        elif isinstance(value, dict):
-            raise UsageError(f"{file}: {key} must be one value, not a mapping")
         else:
             arguments.append(f"{flag(name)}={value}")
     return arguments

@@ -116,11 +116,20 @@ def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple
     if state.round > options.rounds:
         raise UsageError(f"the run in {folder} has done {state.round} rounds, more than --rounds {options.rounds}; "
                          "ask for more or leave --rounds out")  # fmt: skip
-    if ranks.first and resuming:
-        runs.reopen(folder, call.config())
-    elif ranks.first:
-        numbered = options.out is None
-        folder = runs.create(folder, call.config(), overwrite=options.overwrite, numbered=numbered, launch=launch)
+    refusal: UsageError | None = None
+    if ranks.first:
+        try:
+            if resuming:
+                runs.reopen(folder, call.config())
+            else:
+                numbered = options.out is None
+                folder = runs.create(
+                    folder, call.config(), overwrite=options.overwrite, numbered=numbered, launch=launch
+                )
+        except UsageError as error:
+            refusal = error
+    if int(ranks.all_reduce(torch.tensor([int(refusal is not None)], device=device))):
+        raise refusal or UsageError(f"the first rank cannot write {folder}")
     return folder, state
 
 
@@ -162,8 +171,10 @@ def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
             labels = [split.y for split in (data.clients, data.test, data.validation, data.held_out) if split]
             largest = max(int(y.max()) for y in labels if y.numel())
             if outputs.shape[-1] <= largest:
-                raise UsageError(f"model {name!r} has {outputs.shape[-1]} outputs, too few for the labels 0 to {largest} "
-                                 f"of {data.name}")  # fmt: skip
+                found = outputs.shape[-1]
+                raise UsageError(
+                    f"model {name!r} has {found} outputs, too few for the labels 0 to {largest} of {data.name}"
+                )
         try:
             fits = loss(outputs, y).shape == (len(y),)
         except Exception as error:

@@ -14,7 +14,6 @@ from vfl.errors import UsageError
 
 _BLOCK = 1 << 22  # numbers drawn at once: 16 MB beside the data
 _MOST = 1 << 42  # numbers in all: 16 TB
-_MOST = 1 << 42  # numbers in all; no memory holds so many
 
 
 def synthetic(
@@ -43,11 +42,6 @@ def synthetic(
     ):
         if value < least:
             raise UsageError(f"synthetic: {name} must be at least {least}, not {value}")
-    if max(N * examples, test, classes) * features >= _MOST:
-        raise UsageError(
-            f"synthetic: {N} clients × {examples} examples (and test={test}, classes={classes}) of {features} features "
-            f"are {_MOST} numbers or more; take less of any"
-        )
     if max(N * examples, test, classes) * features >= _MOST:
         raise UsageError(
             f"synthetic: {N} clients × {examples} examples of {features} features (test={test}, classes={classes}) are "
