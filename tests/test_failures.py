@@ -202,11 +202,11 @@ def failing_above(monkeypatch, most, fail):
     real, given = torch.func.vmap, []
 
     def vmap(function):
-        def mapped(*arguments):
-            given.append(len(arguments[-2]))
+        def mapped(inputs):
+            given.append(len(inputs.steps))
             if given[-1] > most:
                 fail()
-            return real(function)(*arguments)
+            return real(function)(inputs)
 
         return mapped
 

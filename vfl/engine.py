@@ -5,9 +5,9 @@ Letters: D parameters, C clients in a chunk, S a cohort, N population, K local s
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, Message, Metrics, Tree, tree_map
+from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import ChunkSize, out_of_memory, parse_chunk
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks, assign
-from vfl.errors import ClientError, DivergedError, UsageError
-from vfl.local import Batches, Work, minibatches
+from vfl.errors import DivergedError, UsageError
+from vfl.execute import Bounds, Compiler, Inputs, Problem, Shared, by_loop, by_vmap
+from vfl.local import Work, minibatches
 from vfl.reduce import Chunk, CohortSum, chunk_results
 from vfl.samplers import Amount, Cohort, Sampler, sampler
 from vfl.store import Store
@@ -30,7 +31,7 @@ from vfl.task import Task
 
 log = logging.getLogger("vfl")
 
-Execution = Literal["vmap", "loop"]
+Execution = Literal["vmap", "compile", "loop"]
 RoundMetrics = dict[str, Any]
 """One round's numbers by name; see `rounds`."""
 
@@ -79,6 +80,8 @@ class Engine:
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
         self.offsets, self.transform = data.clients.offsets, data.transform
         self.execution: Execution = execution
+        self.problem = Problem(algorithm, self.transform, self.dtype)
+        self.compiler = Compiler(self.problem)
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
@@ -94,8 +97,9 @@ class Engine:
                              "use --sampling uniform, poisson or fixed")  # fmt: skip
         return State(0, random.key(seed), self.algorithm.init_server(x), self.task.buffers, store, Totals())
 
-    def play(self, state: State, stop: bool = False) -> tuple[State, RoundMetrics]:
-        """One round. `stop` asks all ranks to stop after it, which the metric `stopping` then says on each of them.
+    def play(self, state: State, stop: Callable[[], bool] = lambda: False) -> tuple[State, RoundMetrics]:
+        """One round. `stop`, asked when this rank's clients are done, makes all ranks stop after the round, which the
+        metric `stopping` then says on each of them.
 
         Raises DivergedError; the given state, client states included, is then as it was.
         """
@@ -115,10 +119,10 @@ class Engine:
             mine = mine[len(now) :]
         if counts.any() and not pending:  # more ranks than clients: learn the layout from one, and add nothing
             total.shape_like(self._run(np.array([counts.argmax()]), state, sent.content, cohort, keys))
-        received = total.reduce(self.ranks, stop)
+        received = total.reduce(self.ranks, stop())
         bad = (counts > 0) & ~received.finite
         if bad.any() and not self.drop:
-            raise DivergedError(state.round + 1, cohort.ids[bad].tolist())
+            raise DivergedError(state.round + 1, np.unique(cohort.ids[bad]).tolist())
         server, reported = state.server, {}
         if received.mean is not None:
             server, reported = self.algorithm.server_update(server, received.mean, server_key.to(self.device))
@@ -177,70 +181,41 @@ class Engine:
                 if not out_of_memory(error) or not self.chunk.halve(len(now)):
                     raise
                 continue
-            if not self.chunk.settled and self.execution == "vmap":
+            if not self.chunk.settled and self.execution != "loop":
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 self.chunk.report(len(now), int(counts[now].sum()), time.perf_counter() - started, before)
             return now, result
 
     def _run(self, now: np.ndarray, state: State, sent: Tree, cohort: Cohort, keys: Tensor) -> Chunk:
-        """The clients at these positions of the cohort [C], by vmap or one by one."""
+        """The clients at these positions of the cohort [C], in the execution in force."""
         ids = cohort.ids[now]
         starts, sizes = self.offsets[ids], self._sizes(ids)
         mapped = keys[now].to(self.device)
         plan = minibatches(self.work, random.fold_in(mapped, 0), starts, sizes)
-        one = _client(self, sent, plan.shortest, int(sizes.max()))
+        bounds = Bounds(plan.shortest, int(sizes.max()))
+        shared = Shared(sent, self.data_x, self.data_y)
         on_device = {"dtype": torch.int64, "device": self.device}
-        arguments = (
+        inputs = Inputs(
             state.store.gather(ids, self.device), plan.rows, plan.mask, plan.steps,
             torch.tensor(starts, **on_device), torch.tensor(sizes, **on_device), mapped,
             torch.tensor(cohort.factor[now], dtype=self.dtype, device=self.device),
             tuple(b.expand(len(ids), *b.shape) for b in state.buffers),
         )  # fmt: skip
+        one_by_one = functools.partial(by_loop, self.problem, bounds, shared, inputs, ids, state.round + 1)
         if self.execution == "loop":
-            return chunk_results(*_loop(one, arguments, ids, state.round + 1))
+            return chunk_results(*one_by_one())
         try:
-            result = torch.func.vmap(one)(*arguments)
+            mapped_run = self.compiler.run if self.execution == "compile" else functools.partial(by_vmap, self.problem)
+            result = mapped_run(bounds, shared, inputs)
             self._vmap_works = True
         except Exception as error:
             if out_of_memory(error):
                 raise
-            result = _loop(one, arguments, ids, state.round + 1)  # names the client if it fails there too
+            result = one_by_one()  # names the client if it fails there too
             if self._vmap_works:
                 raise
             self.execution = "loop"
             log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
                         str(error).strip().splitlines()[0])  # fmt: skip
         return chunk_results(*result)
-
-
-def _client(engine: Engine, sent: Tree, shortest: int, largest: int) -> Callable[..., tuple[Message, Tree, Metrics]]:
-    """One client's round as a function of tensors alone, ready for vmap."""
-
-    def one(client, rows, mask, steps, start, examples, key, factor, buffers):
-        batches = Batches(
-            engine.data_x, engine.data_y, rows, mask, steps, start, examples, random.fold_in(key, 1), buffers,
-            shortest, largest, engine.transform, engine.dtype,
-        )  # fmt: skip
-        message, client, metrics = engine.algorithm.client_update(sent, client, batches, random.fold_in(key, 2))
-        return message._replace(weight=message.weight * factor), client, metrics
-
-    return one
-
-
-def _loop(
-    one: Callable[..., Any], arguments: tuple[Any, ...], ids: np.ndarray, round: int
-) -> tuple[Message, Tree, Metrics]:
-    """The clients one after the other, unmapped: breakpoints, prints and stack traces work, and name the client."""
-    results = []
-    for c, i in enumerate(ids.tolist()):
-        mine = tree_map(operator.itemgetter(c), arguments)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(mine[6]) % 2**63)  # for models with random layers of their own
-            try:
-                results.append(one(*mine))
-            except Exception as error:
-                if out_of_memory(error):
-                    raise
-                raise ClientError(i, round, error) from error
-    return tree_map(lambda *each: torch.stack([torch.as_tensor(e) for e in each]), *results)

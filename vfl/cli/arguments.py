@@ -74,8 +74,17 @@ def _sentence(box: str) -> str:
     if rules[:1] == [0]:  # without a frame, a rule underlines the title
         lines, rules = lines[1:], [i - 1 for i in rules[1:]]
     said = " ".join(" ".join(lines[: rules[0] if rules else None]).split())
-    said = re.sub(r"Missing value for argument '(\S+)'\. Expected 1 values\.", r"\1 needs a value", said)
-    return re.sub(r"^Error parsing (\S+?):? (?=must)|^Error parsing ", r"\1 ", said).strip(" .")
+    for pattern, words in _REWORDED.items():
+        said = re.sub(pattern, words, said)
+    return said.strip(" .")
+
+
+_REWORDED = {  # so that each is one sentence
+    r"^Error parsing (\S+): (?=must)": r"\1 ",
+    r"^Error parsing ": "",
+    r"^Missing value for argument '(\S+)'\. Expected 1 values": r"\1 needs a value",
+    r"^(invalid choice .*)\. Expected one of \((.*)\)": r"\1; expected one of \2",
+}
 
 
 @_REGISTRY.primitive_rule

@@ -234,5 +234,5 @@ def _as_arguments(config: dict[str, Any], fields: dict[str, dataclasses.Field], 
         elif isinstance(value, list):
             arguments += [flag(name), *map(str, value)]
         else:
-            arguments.append(f"{flag(name)}={value}")
+            arguments.append(f"{flag(name)}={'none' if value is None else value}")
     return arguments
