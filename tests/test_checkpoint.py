@@ -36,7 +36,7 @@ def engine_of(name: str, **options) -> Engine:
     problem = norm_and_dropout() if name == "fedadam" else mlp()
     data = federated()
     algorithm = ALGORITHMS[name].build(problem, data.clients.population)
-    return Engine(algorithm, problem, data, clients_per_round=6, chunk=3, **options)
+    return Engine(algorithm, problem, data, clients_per_round=6, chunk=3, execution="vmap", **options)
 
 
 def play(engine: Engine, state, rounds: int):

@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,16 +22,16 @@ from vfl.chunks import ChunkSize, out_of_memory, parse_chunk
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks, assign
 from vfl.errors import DivergedError, UsageError
-from vfl.execute import Bounds, Compiler, Inputs, Problem, Shared, by_loop, by_vmap
+from vfl.execute import Bounds, Compiler, Inputs, Problem, Shared, by_loop, by_vmap, chunk_signature
 from vfl.local import Work, minibatches
 from vfl.reduce import Chunk, CohortSum, chunk_results
 from vfl.samplers import Amount, Cohort, Sampler, sampler
 from vfl.store import Store
 from vfl.task import Task
+from vfl.tuning import Execution, Mode, Tuner
 
 log = logging.getLogger("vfl")
 
-Execution = Literal["vmap", "compile", "loop"]
 RoundMetrics = dict[str, Any]
 """One round's numbers by name; see `rounds`."""
 
@@ -67,7 +67,7 @@ class Engine:
         clients_per_round: Amount = 10,
         sampling: str = "uniform",
         work: Work = Work(),
-        execution: Execution = "vmap",
+        execution: Execution = "auto",
         chunk: int | str | None = "auto",
         client_state: Literal["device", "host"] = "device",
         on_nonfinite: Literal["stop", "drop"] = "stop",
@@ -79,13 +79,13 @@ class Engine:
         self.sampler: Sampler = sampler(sampling, clients_per_round, data.clients.offsets)
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
         self.offsets, self.transform = data.clients.offsets, data.transform
-        self.execution: Execution = execution
         self.problem = Problem(algorithm, self.transform, self.dtype)
         self.compiler = Compiler(self.problem)
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
         self.chunk = ChunkSize(parse_chunk(chunk), 8 * task.x.numel() * task.x.element_size(), self.device)
+        self.tuner = Tuner(execution, self.chunk)
         self._vmap_works = False
 
     def init(self, seed: int) -> State:
@@ -97,9 +97,13 @@ class Engine:
                              "use --sampling uniform, poisson or fixed")  # fmt: skip
         return State(0, random.key(seed), self.algorithm.init_server(x), self.task.buffers, store, Totals())
 
-    def play(self, state: State, stop: Callable[[], bool] = lambda: False) -> tuple[State, RoundMetrics]:
-        """One round. `stop`, asked when this rank's clients are done, makes all ranks stop after the round, which the
-        metric `stopping` then says on each of them.
+    def play(
+        self, state: State, rounds: int = 1, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[State, RoundMetrics]:
+        """One round, of `rounds` in all (which says whether compiling can pay).
+
+        `stop`, asked when this rank's clients are done, makes all ranks stop after the round, which the metric
+        `stopping` then says on each of them.
 
         Raises DivergedError; the given state, client states included, is then as it was.
         """
@@ -109,6 +113,7 @@ class Engine:
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
         keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
         counts = self.work.counts(self._sizes(cohort.ids))  # [S]
+        self.tuner.steps_to_come = float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1)
         mine, owners = self._share(state.store, cohort.ids, counts)
         total = CohortSum(len(cohort.ids), self.dtype, self.device)
         pending: list[tuple[np.ndarray, Chunk]] = []
@@ -118,7 +123,8 @@ class Engine:
             pending.append((now, chunk._replace(payload=[], clients=self.place_states(chunk.clients))))
             mine = mine[len(now) :]
         if counts.any() and not pending:  # more ranks than clients: learn the layout from one, and add nothing
-            total.shape_like(self._run(np.array([counts.argmax()]), state, sent.content, cohort, keys))
+            ghost = np.array([counts.argmax()])
+            total.shape_like(self._run(self.tuner.mode(), ghost, state, sent.content, cohort, keys)[0])
         received = total.reduce(self.ranks, stop())
         bad = (counts > 0) & ~received.finite
         if bad.any() and not self.drop:
@@ -148,7 +154,7 @@ class Engine:
             **received.extra,
             **{name: float(value) for name, value in reported.items()},
             "chunk": max((len(now) for now, _ in pending), default=0),
-            "execution": self.execution,
+            "execution": self.tuner.mode(),
             "seconds": time.perf_counter() - started,
             "stopping": received.stopping,
         }
@@ -173,22 +179,28 @@ class Engine:
     ) -> tuple[np.ndarray, Chunk]:
         """Runs the next of these clients, fewer if memory runs out; which they were, and what they returned."""
         while True:
-            now = mine[: 1 if self.execution == "loop" else self.chunk.take(counts[mine])]
+            mode = self.tuner.mode()
+            now = mine[: 1 if mode == "loop" else self.chunk.take(counts[mine])]
             before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
             try:
-                result = self._run(now, state, sent, cohort, keys)
+                result, ran, signature = self._run(mode, now, state, sent, cohort, keys)
             except Exception as error:
                 if not out_of_memory(error) or not self.chunk.halve(len(now)):
                     raise
                 continue
-            if not self.chunk.settled and self.execution != "loop":
+            if self.tuner.learning:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                self.chunk.report(len(now), int(counts[now].sum()), time.perf_counter() - started, before)
+                steps, seconds = counts[now], time.perf_counter() - started
+                self.tuner.report(ran, signature, int(steps.sum()), int(steps[0]), seconds)
+                if ran != "loop":
+                    self.chunk.report(len(now), int(steps.sum()), seconds, before)
             return now, result
 
-    def _run(self, now: np.ndarray, state: State, sent: Tree, cohort: Cohort, keys: Tensor) -> Chunk:
-        """The clients at these positions of the cohort [C], in the execution in force."""
+    def _run(
+        self, mode: Mode, now: np.ndarray, state: State, sent: Tree, cohort: Cohort, keys: Tensor
+    ) -> tuple[Chunk, Mode, Hashable]:
+        """The clients at these positions of the cohort [C]: what they returned, how they were run, their shape."""
         ids = cohort.ids[now]
         starts, sizes = self.offsets[ids], self._sizes(ids)
         mapped = keys[now].to(self.device)
@@ -202,12 +214,23 @@ class Engine:
             torch.tensor(cohort.factor[now], dtype=self.dtype, device=self.device),
             tuple(b.expand(len(ids), *b.shape) for b in state.buffers),
         )  # fmt: skip
+        signature = chunk_signature(bounds, shared, inputs)
         one_by_one = functools.partial(by_loop, self.problem, bounds, shared, inputs, ids, state.round + 1)
-        if self.execution == "loop":
-            return chunk_results(*one_by_one())
+        if mode == "loop":
+            return chunk_results(*one_by_one()), "loop", signature
+        if mode == "compile" and not self.tuner.wants(signature):
+            mode = "vmap"
+        if mode == "compile":
+            try:
+                return chunk_results(*self.compiler.run(signature, bounds, shared, inputs)), mode, signature
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                mode = "vmap"
+                self.tuner.give_up("compile")
+                log.warning("compiling failed, so the run goes on without (%s)", str(error).strip().splitlines()[0])
         try:
-            mapped_run = self.compiler.run if self.execution == "compile" else functools.partial(by_vmap, self.problem)
-            result = mapped_run(bounds, shared, inputs)
+            result = by_vmap(self.problem, bounds, shared, inputs)
             self._vmap_works = True
         except Exception as error:
             if out_of_memory(error):
@@ -215,7 +238,8 @@ class Engine:
             result = one_by_one()  # names the client if it fails there too
             if self._vmap_works:
                 raise
-            self.execution = "loop"
+            mode = "loop"
+            self.tuner.give_up("vmap")
             log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
                         str(error).strip().splitlines()[0])  # fmt: skip
-        return chunk_results(*result)
+        return chunk_results(*result), mode, signature

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,39 +94,21 @@ def by_loop(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs, id
     return tree_map(lambda *each: torch.stack([torch.as_tensor(e) for e in each]), *results)
 
 
-class Program(NamedTuple):
-    """A compiled chunk."""
-
-    call: Callable[[Shared, Inputs], Results]
-    nodes: int  # of its graph
-
-
 class Compiler:
     """Compiled programs by chunk shape. Traced under vmap, where nothing can depend on a value; so none is guarded."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.seconds = 0.0  # spent on tracing and compiling
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Hashable, Callable[[Shared, Inputs], Results]] = {}
 
-    def has(self, bounds: Bounds, shared: Shared, inputs: Inputs) -> bool:
-        """Whether a chunk like this has been traced already."""
-        return _signature(bounds, shared, inputs) in self._programs
-
-    def trace(self, bounds: Bounds, shared: Shared, inputs: Inputs) -> Program:
-        """The program for chunks of this shape. It is traced here, and compiled when first called."""
-        signature = _signature(bounds, shared, inputs)
+    def run(self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs) -> Results:
+        """All clients of the chunk at once, by the program for its shape, which the first such chunk compiles."""
         if signature not in self._programs:
-            started = time.perf_counter()
             graph = make_fx(lambda s, i: by_vmap(self.problem, bounds, s, i))(shared, inputs)
-            self.seconds += time.perf_counter() - started
-            self._programs[signature] = Program(torch.compile(graph, dynamic=False), len(graph.graph.nodes))
-        return self._programs[signature]
-
-    def run(self, bounds: Bounds, shared: Shared, inputs: Inputs) -> Results:
-        """All clients of the chunk at once, by the compiled program."""
-        return self.trace(bounds, shared, inputs).call(shared, inputs)
+            self._programs[signature] = torch.compile(graph, dynamic=False)
+        return self._programs[signature](shared, inputs)
 
 
-def _signature(bounds: Bounds, shared: Shared, inputs: Inputs) -> Any:
+def chunk_signature(bounds: Bounds, shared: Shared, inputs: Inputs) -> Hashable:
+    """What a compiled program is good for."""
     return bounds, *((leaf.shape, leaf.dtype) for leaf in leaves((shared.sent, inputs)))

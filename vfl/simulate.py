@@ -92,7 +92,7 @@ def play(
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """`rounds` on an engine, from a state of its own."""
     while state.round < rounds:
-        state, metrics = engine.play(state, stop)
+        state, metrics = engine.play(state, rounds, stop)
         stopping = metrics.pop("stopping")
         last = stopping or state.round == rounds
         yield state, metrics | scores(engine.task, engine.data, state, evaluation, last, engine.ranks)

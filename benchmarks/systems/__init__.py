@@ -19,6 +19,7 @@ SYSTEMS = {
     "vfl-2": System("ours:run", "vfl, 2 ranks of one thread", ranks=2),
     "torch-loop": System("torch_loop:run", "plain PyTorch loop"),
     "torch-loop-2": System("torch_loop:run", "plain PyTorch loop, 2 processes of one thread", ranks=2),
+    "jax-loop": System("jax_by_hand:loop", "hand-written JAX: loop over a jitted client", "jax"),
     "jax-scan": System("jax_by_hand:scan", "hand-written JAX: jit(scan over clients)", "jax"),
     "jax-vmap": System("jax_by_hand:vmap", "hand-written JAX: jit(vmap over clients)", "jax"),
     "pfl": System("pfl_research:run", "pfl-research", "pfl"),

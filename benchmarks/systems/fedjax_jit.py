@@ -18,7 +18,7 @@ from benchmarks.work import Outcome, Work, parameters, timed
 def run(model: str, work: Work) -> Outcome:
     """FedAvg; the model is the hand-written JAX one."""
     gradient = jax.grad(lambda params, batch, key: loss(params, batch["x"], batch["y"]))
-    batches = fedjax.ShuffleRepeatBatchHParams(batch_size=work.batch, num_epochs=work.epochs, seed=work.seed)
+    batches = fedjax.ShuffleRepeatBatchHParams(batch_size=work.batch, num_epochs=work.epochs)
     algorithm = fed_avg.federated_averaging(
         gradient, fedjax.optimizers.sgd(work.lr), fedjax.optimizers.sgd(1.0), batches
     )

@@ -24,7 +24,10 @@ from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import FedAvg  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 
-_examples = cache(tensors)  # once a worker process
+
+@cache
+def _examples(work: Work) -> tuple[torch.Tensor, torch.Tensor]:  # read once a worker process
+    return tensors(work)
 
 
 def run(model: str, work: Work) -> Outcome:

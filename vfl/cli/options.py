@@ -59,8 +59,9 @@ class RunOptions:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of the model and the training."""
-    execution: Literal["vmap", "loop"] = "vmap"
-    """vmap: a chunk of clients at once; loop: one after the other, for debugging (breakpoints and prints work)."""
+    execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
+    """vmap: a chunk of clients at once; compile: the same, compiled; loop: one client after the other, for debugging
+    (breakpoints and prints work); auto: the fastest of them, found while the run goes on."""
     chunk: str = "auto"
     """Clients computed at once: a count, or auto (the fastest that fits into the memory)."""
     client_state: Literal["device", "host"] = "device"
@@ -177,7 +178,9 @@ def parse_run(argv: Sequence[str]) -> Call:
 
 def _config_file(argv: list[str]) -> Path | None:
     """The file named by --config, or that of the run to resume."""
-    named, out = _value(argv, "--config") or None, _value(argv, "--out")
+    named, out = _value(argv, "--config"), _value(argv, "--out")
+    if named is not None and not named.strip():
+        named = None  # the parser will say so
     if "--resume" in argv:
         if out is None:
             raise UsageError("--resume needs --out, the folder of the run to go on with")

@@ -1,0 +1,123 @@
+"""Executions: compiled chunks give vmap's results, and auto takes what is measurably fastest."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers import ALGORITHMS, assert_same, every_algorithm, federated, regression, run
+
+import vfl
+from vfl.chunks import ChunkSize
+from vfl.tuning import SEEN, TRIES, Tuner
+
+CPU = torch.device("cpu")
+OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
+
+
+@every_algorithm
+def test_a_traced_program_gives_the_results_of_vmap(algorithm, monkeypatch):
+    """The graph is what could differ; compiling it is torch's."""
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
+    task, data = regression(), federated()
+    wanted = run(algorithm, task, data, 3, **OPTIONS)
+    assert_same(run(algorithm, task, data, 3, execution="compile", **OPTIONS), wanted, 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on loading inductor
+def test_a_compiled_program_gives_the_results_of_vmap():
+    algorithm, task = ALGORITHMS["scaffold-option=2"], regression()
+    data = federated()
+    options = {"clients_per_round": "all", "batch_size": None, "chunk": 100}
+    wanted = run(algorithm, task, data, 3, **options)
+    assert_same(run(algorithm, task, data, 3, execution="compile", **options), wanted, 1e-9)
+
+
+def test_a_program_is_made_once_for_a_shape(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: made.append(graph) or graph)
+    run(ALGORITHMS["fedavg"], regression(), federated(), 4, execution="compile", clients_per_round="all", chunk=100)
+    assert len(made) == 1
+
+
+def test_a_run_goes_on_under_vmap_when_compiling_fails(monkeypatch, caplog):
+    def broken(graph, dynamic):
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
+    with caplog.at_level(logging.WARNING, "vfl"):
+        found = vfl.simulate(algorithm, task, data, 3, execution="compile", **OPTIONS)
+    assert [r.getMessage() for r in caplog.records] == [
+        "compiling failed, so the run goes on without (no compiler on this machine)"
+    ]
+    wanted = vfl.simulate(algorithm, task, data, 3, execution="vmap", **OPTIONS)
+    assert torch.equal(found.x, wanted.x)
+
+
+def test_auto_gives_the_results_of_vmap():
+    algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
+    wanted = vfl.simulate(algorithm, task, data, 12, execution="vmap", **OPTIONS)
+    found = vfl.simulate(algorithm, task, data, 12, execution="auto", **OPTIONS)
+    torch.testing.assert_close(found.x, wanted.x, rtol=1e-9, atol=1e-9)
+
+
+def played(tuner: Tuner, seconds: dict[str, float], chunks: int = 60) -> list[str]:
+    """The modes of so many chunks, each 10 steps deep, of 4 clients (1 in the loop) that take `seconds` each."""
+    modes = []
+    for _ in range(chunks):
+        mode = tuner.mode()
+        clients = 1 if mode == "loop" else 4
+        modes.append(mode)
+        if tuner.learning:
+            tuner.report(mode, clients, 10 * clients, 10, clients * seconds[mode])
+    return modes
+
+
+def tuner(steps_to_come: float) -> Tuner:
+    made = Tuner("auto", ChunkSize(4, 1, CPU))
+    made.steps_to_come = steps_to_come
+    return made
+
+
+@pytest.mark.parametrize("fastest", ["loop", "vmap", "compile"])
+def test_auto_ends_with_the_fastest(fastest):
+    seconds = {"loop": 3.0, "vmap": 2.0, "compile": 2.5} | {fastest: 1.0}
+    assert set(played(tuner(1e9), seconds)[-20:]) == {fastest}
+
+
+def test_auto_does_not_change_for_a_difference_within_the_noise():
+    assert played(tuner(1e9), {"loop": 0.99, "vmap": 1.0, "compile": 0.98})[-1] == "vmap"
+
+
+def test_auto_does_not_compile_for_a_run_that_cannot_repay_it():
+    assert "compile" not in played(tuner(100.0), {"loop": 3.0, "vmap": 0.01, "compile": 0.001})
+
+
+def test_auto_times_the_loop_in_a_few_chunks_only():
+    assert played(tuner(0.0), {"loop": 3.0, "vmap": 1.0}).count("loop") == TRIES + 1
+
+
+def test_auto_does_not_compile_shapes_that_do_not_come_back():
+    one = tuner(1e9)
+    for n in range(50):
+        mode = one.mode()
+        assert mode != "compile"
+        one.report(mode, n, 40, 10, 1.0 if mode == "vmap" else 3.0)
+    assert not one.wants("a new shape")
+    for _ in range(SEEN):
+        one.report(one.mode(), "a shape that does", 40, 10, 1.0)
+    assert one.wants("a shape that does")
+
+
+def test_what_is_asked_for_is_what_runs():
+    for wanted in ("vmap", "compile", "loop"):
+        assert set(played(Tuner(wanted, ChunkSize(4, 1, CPU)), dict.fromkeys(("vmap", "compile", "loop"), 1.0))) == {
+            wanted
+        }
+    assert Tuner("compile", ChunkSize(4, 1, CPU)).wants("anything")
+
+
+def test_round_metrics_say_how_it_ran():
+    _, history = vfl.simulate(ALGORITHMS["fedavg"], regression(), federated(), 2, execution="loop", **OPTIONS)
+    assert np.all([m["execution"] == "loop" for m in history])
