@@ -12,15 +12,16 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 import tyro
-import vfl
-from algorithms.fedavg import FedAvg
 from rich.console import Console
 from rich.table import Table
+
+import vfl
+from algorithms.fedavg import FedAvg
 from vfl.chunks import Memory
 
 MB = 1e6
@@ -64,7 +65,7 @@ def measure(case: Case) -> dict[str, float]:
     }
 
 
-def main(what: Literal["population", "cohort", "case"], case: Case = Case(), repeats: int = 3) -> None:  # noqa: B008
+def main(what: Literal["population", "cohort", "case"], case: Case = Case(), repeats: int = 3) -> None:
     """Measures along one axis.
 
     Args:
@@ -79,14 +80,15 @@ def main(what: Literal["population", "cohort", "case"], case: Case = Case(), rep
     rows: dict[int, list[dict[str, float]]] = {value: [] for value in axis[what]}
     for _ in range(repeats):
         for value, found in rows.items():
-            found.append(_measured_apart(Case(**asdict(case) | {what: value})))
+            found.append(_measured_apart(replace(case, **{what: value})))
     table = Table(what, "ms a round", "ratio", "clients/s", "data MB", "beside the data MB")
     first = 0.0
     for value, found in rows.items():
         s, data, beside = (statistics.median(f[k] for f in found) for k in ("s_per_round", "data_mb", "beside_mb"))
         first = first or s
         cohort = value if what == "cohort" else case.cohort
-        table.add_row(f"{value:,}", f"{1e3 * s:.2f}", f"{s / first:.2f}", f"{cohort / s:,.0f}", f"{data:,.0f}", f"{beside:,.0f}")
+        numbers = (f"{1e3 * s:.2f}", f"{s / first:.2f}", f"{cohort / s:,.0f}", f"{data:,.0f}", f"{beside:,.0f}")
+        table.add_row(f"{value:,}", *numbers)
     Console().print(table)
 
 

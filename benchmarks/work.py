@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod, sqrt
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -29,7 +30,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 """The models: each layer's weight and bias, with ReLU between layers and 2×2 max pooling after a convolution (5×5, same
 size): the softmax regression, the 2NN and the CNN of McMahan et al. (1602.05629, §3)."""
 ROUNDS = {"softmax": 50, "mlp": 30, "cnn": 5}
-"""Rounds played unless told otherwise."""
+"""Rounds played where `Work.rounds` is 0: enough for a median."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class Work:
 
     clients: int = 100
     """Clients C, all of them in every round."""
-    rounds: int | None = None
-    """Rounds; by default 50 for softmax, 30 for mlp, 5 for cnn."""
+    rounds: int = 0
+    """Rounds; 0: 50 for softmax, 30 for mlp, 5 for cnn."""
     examples: int = 60
     """Examples n a client; a multiple of the batch."""
     batch: int = 20
@@ -59,7 +60,7 @@ class Outcome(NamedTuple):
     model: Arrays  # after the last round, as in SHAPES
     execution: str | None = None  # vfl alone
     chunk: int | None = None  # vfl alone
-    peak: float | None = None  # bytes, where only the system itself can tell
+    peak_rss: float | None = None  # bytes, where only the system itself can tell
 
 
 def examples(work: Work) -> tuple[np.ndarray, np.ndarray]:
@@ -86,20 +87,16 @@ def distance(a: Arrays, b: Arrays) -> float:
 
 def timed(rounds: Iterable[T]) -> tuple[list[float], T]:
     """Plays the rounds: the seconds that each took, and what the last one gave."""
-    seconds, started, last = [], time.perf_counter(), None
-    for last in rounds:
-        now = time.perf_counter()
-        seconds.append(now - started)
-        started = now
-    if last is None:
-        raise ValueError("no round was played; at least one is needed")
-    return seconds, last
+    moments, given = [time.perf_counter()], []
+    for result in rounds:
+        moments.append(time.perf_counter())
+        given = [result]
+    return gaps(moments), given[0]
 
 
 def gaps(moments: Iterable[float]) -> list[float]:
     """The seconds between one moment and the next."""
-    moments = list(moments)
-    return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    return [after - before for before, after in pairwise(moments)]
 
 
 def peak_memory() -> float | None:

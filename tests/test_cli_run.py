@@ -481,10 +481,10 @@ BAD = [
     ("fedavg --chunk 0", "chunk must be 'auto' or a whole number of clients from 1, not '0'"),
     ("fedavg --chunk many", "chunk must be 'auto' or a whole number of clients from 1, not 'many'"),
     # choices
-    ("fedavg --execution lop", "invalid choice 'lop' for argument '--execution'; expected one of 'vmap', 'loop'"),
+    ("fedavg --execution lop", "invalid choice 'lop' for argument '--execution'; expected one of 'auto', 'vmap', "),
     ("fedavg --dtype float16", "invalid choice 'float16' for argument '--dtype'; expected one of 'float32', 'float64'"),
     ("fedavg --client-state disk", "invalid choice 'disk' for argument '--client-state'"),
-    ("fedavg --on-nonfinite skip", "invalid choice 'skip' for argument '--on-nonfinite'; expected one of 'stop', 'drop'"),
+    ("fedavg --on-nonfinite skip", "invalid choice 'skip' for argument '--on-nonfinite'; expected one of 'stop', "),
     ("fedavg --weighting bytes", "invalid choice 'bytes' for argument '--weighting'"),
     ("scaffold --option 3", "invalid choice '3' for argument '--option'; expected one of '1', '2'"),
     ("scaffold --weighting examples", "scaffold averages its clients uniformly"),

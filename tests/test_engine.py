@@ -272,3 +272,12 @@ def test_the_train_loss_is_the_mean_over_the_examples_visited():
     data, task = federated(), mlp()
     losses = vfl.evaluate(task, task.x, task.buffers, vfl.data.Examples(data.clients.x, data.clients.y), data.transform)
     assert history[0]["train_loss"] == pytest.approx(losses["loss"], rel=1e-12)
+
+
+def test_going_on_from_a_state_whose_clients_have_moved_on_is_refused():
+    task, data = regression(), federated()
+    engine = vfl.Engine(Scaffold().build(task, N), task, data, clients_per_round=3)
+    first, _ = engine.play(engine.init(0))
+    engine.play(first)
+    with pytest.raises(vfl.UsageError, match=r"state after round 1, .* moved on to round 2"):
+        engine.play(first)

@@ -203,8 +203,8 @@ def test_tensors_that_cannot_be_written_are_an_error_that_names_the_file(tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"a: [", "is not valid YAML"), (b"\xff\xfe\x00", "is not valid YAML"), (b"- a\n", "must hold one `option: value`"),
-     (b"", "must hold one `option: value`"), (b"3: 4\n", "must hold one `option: value`"),
+    [(b"a: [", "is not valid YAML"), (b"\xff\xfe\x00", "is not valid YAML"), (b"", "must hold one `option: value`"),
+     (b"- a\n", "must hold one `option: value`"), (b"3: 4\n", "must hold one `option: value`"),
      (b"!!python/object/apply:os.getcwd []\n", "is not valid YAML"), (None, "cannot read the configuration")],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_an_error_of_one_line_that_names_the_file(content, says, tmp_path):

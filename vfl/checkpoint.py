@@ -81,6 +81,7 @@ def load(path: Path, fresh: State, config: dict[str, Any], ranks: Ranks = Ranks(
     server = _restore("server", fresh.server, tensors, path)
     buffers = _restore("buffers", fresh.buffers, tensors, path)
     store = fresh.store
+    store.round = int(metadata["round"])
     if not store.empty:
         store.template = _restore("template", store.template, tensors, path)
         rows = [tensors[name] for name in _prefixed("clients", store.template)]

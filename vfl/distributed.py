@@ -72,7 +72,7 @@ def launched(device: torch.device) -> Iterator[Ranks]:
     # torchrun's store may outlive an attempt, and then the addresses in it are those of dead ranks.
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     fresh = dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=world)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -108,6 +108,11 @@ class Engine:
         Raises DivergedError; the given state, client states included, is then as it was.
         """
         started = time.perf_counter()
+        if not state.store.empty and state.store.round != state.round:
+            raise UsageError(
+                f"this is the state after round {state.round}, but its clients' states have moved on to round "
+                f"{state.store.round}; go on from the newest state or from a checkpoint"
+            )
         cohort_key, client_key, server_key, sent_key = random.split(random.fold_in(state.key, state.round), 4)
         cohort = self.sampler.draw(cohort_key)
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
@@ -137,6 +142,7 @@ class Engine:
         for now, chunk in pending:
             state.store.scatter(cohort.ids[now], chunk.clients, chunk.finite)
         state.store.owners.update(owners)
+        state.store.round = state.round + 1
         good, before = received.finite, state.totals
         totals = Totals(
             before.bits_up + float(received.bits.sum()),

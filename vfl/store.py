@@ -21,6 +21,7 @@ class Store:
     def __init__(self, template: Tree, place: torch.device | str) -> None:
         self.template = tree_map(lambda leaf: leaf.detach().to(place), template)
         self.place = torch.device(place)
+        self.round = 0  # rounds whose states it holds
         self.row: dict[int, int] = {}
         self.owners: dict[int, int] = {}
         self._rows = [leaf.new_empty((0, *leaf.shape)) for leaf in leaves(self.template)]

@@ -8,21 +8,28 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from typing import Any
+from dataclasses import asdict
+from importlib.metadata import version
 
 from benchmarks.systems import SYSTEMS
-from benchmarks.work import Outcome, Work, distance, parameters, peak_memory
+from benchmarks.work import Work, distance, parameters, peak_memory
 
 
-def run(name: str, model: str, work: Work) -> tuple[Outcome, dict[str, Any]]:
-    """What the system did, and the line about it."""
+def main(name: str, model: str, work: Work) -> None:
+    """Prints what the system did."""
     module, _, function = SYSTEMS[name].target.partition(":")
     outcome = getattr(importlib.import_module(f"benchmarks.systems.{module}"), function)(model, work)
-    moved = distance(outcome.model, parameters(model, work))
-    said = {"execution": outcome.execution, "chunk": outcome.chunk}
-    return outcome, {"seconds": outcome.seconds, "peak": outcome.peak or peak_memory(), "moved": moved, **said}
+    line = {
+        "seconds": outcome.seconds,
+        "peak_rss": outcome.peak_rss or peak_memory(),
+        "moved": distance(outcome.model, parameters(model, work)),
+        "version": f"{SYSTEMS[name].package} {version(SYSTEMS[name].package)}",
+        "execution": outcome.execution,
+        "chunk": outcome.chunk,
+        "work": asdict(work),
+    }
+    print("\n" + json.dumps(line), flush=True)  # a line of its own, whatever the system has left unfinished
 
 
 if __name__ == "__main__":
-    name, model, work = sys.argv[1:]
-    print("\n" + json.dumps(run(name, model, Work(**json.loads(work)))[1]), flush=True)
+    main(sys.argv[1], sys.argv[2], Work(**json.loads(sys.argv[3])))

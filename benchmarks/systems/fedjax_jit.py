@@ -26,7 +26,7 @@ def run(model: str, work: Work) -> Outcome:
 
     def rounds() -> Iterator[Any]:
         state = algorithm.init([jnp.asarray(a) for a in from_torch(parameters(model, work))])
-        for key in jax.random.split(jax.random.PRNGKey(work.seed), work.rounds or 0):
+        for key in jax.random.split(jax.random.PRNGKey(work.seed), work.rounds):
             clients = list(zip(range(work.clients), datasets, jax.random.split(key, work.clients), strict=True))
             state, _ = algorithm.apply(state, clients)
             jax.block_until_ready(state.params)

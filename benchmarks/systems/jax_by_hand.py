@@ -8,7 +8,6 @@ On a CPU each has its model: XLA's convolutions are many times slower inside the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,15 +23,16 @@ CHANNELS = 64
 def loop(model: str, work: Work) -> Outcome:
     """One jitted call a client, which adds to a sum that stays in place."""
 
-    @partial(jax.jit, donate_argnums=1)
-    def add(server: Any, sum_: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
-        trained = train(server, x, y, key, work)
+    def add(server: Any, sum_: Any, x: jax.Array, y: jax.Array, keys: jax.Array, c: int) -> Any:
+        trained = train(server, x[c], y[c], keys[c], work)
         return jax.tree.map(lambda s, p: s + work.examples * p, sum_, trained)
+
+    jitted = jax.jit(add, donate_argnums=1)
 
     def round_(server: Any, x: jax.Array, y: jax.Array, keys: jax.Array) -> Any:
         sums = jax.tree.map(jnp.zeros_like, server)
-        for client in zip(x, y, keys, strict=True):
-            sums = add(server, sums, *client)
+        for c in range(work.clients):
+            sums = jitted(server, sums, x, y, keys, c)
         return jax.tree.map(lambda s: s / (work.clients * work.examples), sums)
 
     return _run(model, work, round_)
@@ -44,7 +44,8 @@ def scan(model: str, work: Work) -> Outcome:
     @jax.jit
     def round_(server: Any, x: jax.Array, y: jax.Array, keys: jax.Array) -> Any:
         def add(sum_: Any, client: Any) -> tuple[Any, None]:
-            trained = train(server, *client, work)
+            x, y, key = client
+            trained = train(server, x, y, key, work)
             return jax.tree.map(lambda s, p: s + work.examples * p, sum_, trained), None
 
         sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, server), (x, y, keys))
@@ -130,7 +131,7 @@ def _run(model: str, work: Work, round_: Callable[..., Any]) -> Outcome:
     def rounds() -> Iterator[Any]:
         server = [jnp.asarray(a) for a in from_torch(parameters(model, work))]
         x, y = map(jnp.asarray, images(work))
-        for key in jax.random.split(jax.random.key(work.seed), work.rounds or 0):
+        for key in jax.random.split(jax.random.key(work.seed), work.rounds):
             server = jax.block_until_ready(round_(server, x, y, jax.random.split(key, work.clients)))
             yield server
 

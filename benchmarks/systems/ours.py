@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 import vfl
 from algorithms.fedavg import FedAvg
-
 from benchmarks.work import CLASSES, SIDE, Outcome, Work, examples, parameters, timed
 
 

@@ -69,7 +69,7 @@ def run(model: str, work: Work) -> Outcome:
     held = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), lr=1.0))
     datasets = {c: Dataset((x, y), user_id=str(c)) for c, (x, y) in enumerate(zip(*tensors(work), strict=True))}
     data = FederatedDataset(datasets.__getitem__, get_user_sampler("minimize_reuse", list(datasets)))
-    clock, rounds = Clock(), work.rounds or 0
+    clock, rounds = Clock(), work.rounds
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=rounds, evaluation_frequency=rounds + 1, train_cohort_size=work.clients,

@@ -38,7 +38,8 @@ def train(net: nn.Module, x: Tensor, y: Tensor, work: Work) -> None:
         for rows in torch.randperm(len(y)).split(work.batch):
             gradient = torch.autograd.grad(functional.cross_entropy(net(x[rows]), y[rows]), params)
             with torch.no_grad():
-                torch._foreach_add_(params, gradient, alpha=-work.lr)
+                for p, g in zip(params, gradient, strict=True):
+                    p.sub_(g, alpha=work.lr)
 
 
 def tensors(work: Work) -> tuple[Tensor, Tensor]:
@@ -52,30 +53,28 @@ def run(model: str, work: Work) -> Outcome:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         dist.init_process_group("gloo")
-    seconds, server = timed(_rounds(model, work, several))
+    net = network(model, parameters(model, work))
+    seconds, server = timed(_rounds(net, work, several))
     if several:
         dist.destroy_process_group()
-    return Outcome(seconds, [p.numpy() for p in server])
+    nn.utils.vector_to_parameters(server, net.parameters())
+    return Outcome(seconds, [p.detach().numpy() for p in net.parameters()])
 
 
-def _rounds(model: str, work: Work, several: bool) -> Iterator[list[Tensor]]:
+def _rounds(net: nn.Module, work: Work, several: bool) -> Iterator[Tensor]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     torch.manual_seed(rank)
     x, y = tensors(work)
-    net = network(model, parameters(model, work))
-    params = list(net.parameters())
-    server = [p.detach().clone() for p in params]
-    for _ in range(work.rounds or 0):
-        total = torch.zeros(sum(p.numel() for p in server))
-        parts = [part.view_as(p) for part, p in zip(total.split([p.numel() for p in server]), server, strict=True)]
+    local = nn.utils.parameters_to_vector(net.parameters()).detach()
+    nn.utils.vector_to_parameters(local, net.parameters())  # the parameters are views of it from here on
+    server = local.clone()
+    for _ in range(work.rounds):
+        total = torch.zeros_like(server)
         for c in range(rank, work.clients, world):
-            with torch.no_grad():
-                torch._foreach_copy_(params, server)
+            local.copy_(server)
             train(net, x[c], y[c], work)
-            with torch.no_grad():
-                torch._foreach_add_(parts, params, alpha=work.examples)
+            total.add_(local, alpha=work.examples)
         if several:
             dist.all_reduce(total)
-        total /= work.clients * work.examples
-        server = parts
+        server = total / (work.clients * work.examples)
         yield server
