@@ -156,7 +156,7 @@ def test_scaffolds_c_stays_the_mean_of_all_clients_own(option):
 
 
 def test_fedprox_without_its_term_is_fedavg():
-    options = {"clients_per_round": 5, "batch_size": 4, "local_epochs": 2, "chunk": 100}
+    options = {"clients_per_round": 5, "batch_size": 4, "local_epochs": 2, "execution": "vmap", "chunk": 100}
     models = [vfl.simulate(config, mlp(), federated(), 3, **options).x for config in (FedProx(mu=0), FedAvg())]
     assert torch.equal(*models)
 
@@ -173,7 +173,7 @@ def test_fedprox_holds_clients_near_the_model_they_were_sent(quadratic):
 
 
 def test_fedavgm_with_momentum_zero_is_fedavg():
-    options = {"clients_per_round": 5, "batch_size": 4, "chunk": 100}
+    options = {"clients_per_round": 5, "batch_size": 4, "execution": "vmap", "chunk": 100}
     configs = (FedAvgM(server_optimizer="sgd:momentum=0"), FedAvg())
     assert torch.equal(*(vfl.simulate(config, mlp(), federated(), 3, **options).x for config in configs))
 

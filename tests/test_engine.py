@@ -76,7 +76,14 @@ def test_a_chunk_holds_at_most_so_many_clients(chunk, largest):
 
 @every_algorithm
 def test_resumed_equals_uninterrupted_bit_by_bit(algorithm):
-    options = {"algorithm": algorithm, "task": norm_and_dropout(), "data": federated(), "chunk": 4, **PARTIAL}
+    options = {
+        "algorithm": algorithm,
+        "task": norm_and_dropout(),
+        "data": federated(),
+        "execution": "vmap",
+        "chunk": 4,
+        **PARTIAL,
+    }
     state, history = vfl.simulate(rounds=5, **options)
     half, first = vfl.simulate(rounds=2, **options)
     resumed, second = vfl.simulate(rounds=5, state=half, **options | {"seed": 99})
@@ -89,7 +96,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(algorithm):
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
 def test_client_state_on_the_host_equals_client_state_on_the_device(device):
-    options = {"rounds": 3, "chunk": 4, **PARTIAL}
+    options = {"rounds": 3, "execution": "vmap", "chunk": 4, **PARTIAL}
     places = {}
     for place in ("device", "host"):
         state, history = vfl.simulate(Scaffold(), mlp(device), federated(), client_state=place, **options)

@@ -228,7 +228,7 @@ def test_running_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, caplog,
     options = {"task": mlp(), "data": federated(), "rounds": 2, "clients_per_round": "all", "local_steps": 2}
     wanted = run(Scaffold(), **options)
     given = failing_above(monkeypatch, 2, fail)
-    state, history = vfl.simulate(Scaffold(), chunk=chunk, **options)
+    state, history = vfl.simulate(Scaffold(), chunk=chunk, execution="vmap", **options)
     assert_same(numbers_of(state, history), wanted, 1e-12)
     assert {m["execution"] for m in history} == {"vmap"}
     assert max(m["chunk"] for m in history) <= 2
