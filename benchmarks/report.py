@@ -15,7 +15,8 @@ from benchmarks.systems import SYSTEMS
 from vfl.errors import UsageError
 
 FOLDER = Path(__file__).parent
-ALIKE = 0.1  # how far, relatively, a system may move the model from where the median system moves it
+ALIKE = 0.3
+"""How far from where the median system's model ends, relatively, another's may end: a small cohort's order matters."""
 
 
 class Summary(NamedTuple):
@@ -117,7 +118,8 @@ def throughput(result: dict[str, Any]) -> str:
         "",
         "In detail: seconds of a round and of the first one (compilation and warm-up included), peak resident memory "
         "over all of a system's processes, the slowest and the fastest repeat, and how far training moved the model: "
-        "the check that all systems did the same work.",
+        "the check that all systems did the same work (it agrees in all digits where a batch is all of a client's "
+        "examples, `--batch 60`, and the order cannot matter).",
         "",
         *_header(["model", "system", "s a round", "first round", "peak MB", "clients/s, range", "rounds × repeats",
                   "moved", "execution, chunk"]),

@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import Summary, cell, summaries
+from benchmarks.report import Summary, cell, number, summaries
 from benchmarks.systems import SYSTEMS
 from benchmarks.work import ROUNDS, Work
 from vfl.errors import UsageError, unknown
@@ -63,7 +63,8 @@ def measure(name: str, model: str, work: Work, peers: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds": ')]
     if done.returncode or len(lines) != system.ranks:
         said = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise MissingError(f"failed with exit code {done.returncode}: {said[-1]}")
+        why = next((line for line in reversed(said) if "Error" in line), said[-1])
+        raise MissingError(f"failed with exit code {done.returncode}: {why}")
     seconds = [max(each) for each in zip(*(line["seconds"] for line in lines), strict=True)]
     s, peaks = statistics.median(seconds[1:]), [line["peak_rss"] for line in lines]
     return {
@@ -119,7 +120,7 @@ def plot(found: Sequence[Summary], path: Path) -> None:
         at = [names.index(name) for name in rates]
         colors = ["#0072B2" if name.startswith("vfl") else "#9aa5ad" for name in rates]
         bars = axes.barh(at, list(rates.values()), color=colors)
-        axes.bar_label(bars, [f"{rate:,.3g}" if rate < 100 else f"{rate:,.0f}" for rate in rates.values()], padding=2)
+        axes.bar_label(bars, [number(rate) for rate in rates.values()], padding=2)
         axes.set_xscale("log")
         axes.set_xlim(min(rates.values()) / 3, max(rates.values()) * 6)  # room for the labels
         axes.set_yticks(range(len(names)), names)
@@ -140,6 +141,8 @@ def main(
     peers: Path = ROOT / ".peers",
 ) -> None:
     """Measures systems in turn, prints a table, and writes throughput.json and throughput.png.
+
+    Exits with 1 where a system could not run: not installed, or failed.
 
     Args:
         systems: Their names, or all: vfl, vfl-2, torch-loop, torch-loop-2, jax-loop, jax-scan, jax-vmap, pfl, pfl-2,

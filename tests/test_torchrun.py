@@ -1,4 +1,4 @@
-"""`torchrun -m vfl run` with two ranks: as one rank, also after Ctrl-C, kill -9 of either rank, and a divergence.
+"""`torchrun -m vfl run` with two ranks: as one rank, also after Ctrl-C, signals to either rank, and a divergence.
 
 All launches run side by side in one fixture: a process takes seconds to import torch.
 """
@@ -27,16 +27,15 @@ SECONDS = 150  # after which a launch counts as hung
 SCAFFOLD = ("scaffold", *SMALL, "--model", "mine:Net")
 ROUNDS = 8
 
-# A model whose processes leave a file of their id, and which kill themselves as the environment asks.
+# A model whose processes leave a file of their id, and send themselves signals when the environment says so.
 MINE = """
 import os
-import signal
 from pathlib import Path
 
 from torch import nn
 
 RANK, ATTEMPT = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
-KILL = dict(entry.split("=") for entry in os.environ.get("KILL", "").split())
+SIGNALS = dict(entry.split("=") for entry in os.environ.get("SIGNALS", "").split())
 
 
 class Net(nn.Linear):
@@ -45,10 +44,11 @@ class Net(nn.Linear):
         Path(f"{os.getpid()}.pid").write_text(f"{RANK} {ATTEMPT}")
 
     def forward(self, x):
-        after = KILL.get(f"{ATTEMPT}/{RANK}")
+        number, _, after = SIGNALS.get(f"{ATTEMPT}/{RANK}", "").partition("@")
         log = Path("run/metrics.jsonl")
-        if after and log.exists() and len(log.read_text().splitlines()) >= int(after):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if number and log.exists() and len(log.read_text().splitlines()) >= int(after):
+            del SIGNALS[f"{ATTEMPT}/{RANK}"]
+            os.kill(os.getpid(), int(number))
         return super().forward(x)
 """
 
@@ -84,12 +84,13 @@ def ended(tmp_path_factory) -> Iterator[dict[str, Ended]]:
     with in_folder(folders["resumed"]):
         Path("mine.py").write_text(MINE)
         assert vfl(*SCAFFOLD, "--rounds", 3, "--out", "run", "--quiet") == 0
-    kills = {"KILL": "0/1=3 1/0=5"}  # the second rank in round 4; after the restart the first one in round 6 or 7
+    # Attempt / rank = signal @ rounds on disk: kill -9 of the second rank, of the first one, SIGTERM to one alone.
+    signals = {"SIGNALS": "0/1=9@3 1/0=9@5 2/1=15@6"}
     keep = ("--checkpoint-every", 2, "--out", "run")
     processes: dict[str, subprocess.Popen] = {}
     try:
         start = {
-            "killed": lambda f: launch(f, *SCAFFOLD, "--rounds", ROUNDS, *keep, restarts=2, **kills),
+            "killed": lambda f: launch(f, *SCAFFOLD, "--rounds", ROUNDS, *keep, restarts=3, **signals),
             "stopped": lambda f: launch(f, *SCAFFOLD, "--rounds", 100000, "--out", "run", restarts=2),
             "resumed": lambda f: launch(f, "--resume", "--out", "run", "--rounds", ROUNDS),
             "diverged": lambda f: launch(f, "scaffold", *SMALL, "--rounds", 8, "--out", "run", "--local-lr", 1e200),
@@ -197,10 +198,19 @@ def test_ctrl_c_saves_and_a_run_of_two_ranks_goes_on_with_one_to_the_same_number
 def test_after_kill_9_of_a_rank_the_run_goes_on_from_its_checkpoint_to_the_same_numbers(ended, alone):
     run = ended["killed"]
     assert run.code == 0, run.err
-    assert sorted(ranks_of(run.folder.parent).values()) == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
+    attempts = [f"{rank} {attempt}" for rank in (0, 1) for attempt in range(4)]
+    assert sorted(ranks_of(run.folder.parent).values()) == attempts
     assert_same_run(run.folder, alone(ROUNDS), 1e-9)
-    assert len(re.findall(r"going on from round [24] of run", run.out)) == 2
+    first, second, _ = (int(t) for t in re.findall(r"going on from round (\d) of run", run.out))
+    assert 2 <= first <= second < ROUNDS and first % 2 == second % 2 == 0
     assert not [name for name in tree(run.folder) if name.endswith(".tmp")]
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_round_and_saves(ended):
+    run = ended["killed"]
+    done, again = re.findall(r"interrupted after round (\d) of 8|going on from round (\d) of run", run.out)[-2:]
+    assert done[0] == again[1] and int(done[0]) >= 6
+    assert "exitcode: 143" in run.err
 
 
 def test_a_divergence_of_two_ranks_is_one_sentence_and_leaves_what_was_good(ended):

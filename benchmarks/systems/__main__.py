@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import asdict
 from importlib.metadata import version
 
 from benchmarks.systems import SYSTEMS
@@ -26,7 +25,6 @@ def main(name: str, model: str, work: Work) -> None:
         "version": f"{SYSTEMS[name].package} {version(SYSTEMS[name].package)}",
         "execution": outcome.execution,
         "chunk": outcome.chunk,
-        "work": asdict(work),
     }
     print("\n" + json.dumps(line), flush=True)  # a line of its own, whatever the system has left unfinished
 

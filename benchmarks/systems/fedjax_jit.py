@@ -24,13 +24,14 @@ def run(model: str, work: Work) -> Outcome:
     )
     datasets = [fedjax.ClientDataset({"x": x, "y": y}) for x, y in zip(*images(work), strict=True)]
 
-    def rounds() -> Iterator[Any]:
-        state = algorithm.init([jnp.asarray(a) for a in from_torch(parameters(model, work))])
+    initial = algorithm.init([jnp.asarray(a) for a in from_torch(parameters(model, work))])
+
+    def rounds(state: Any) -> Iterator[Any]:
         for key in jax.random.split(jax.random.PRNGKey(work.seed), work.rounds):
             clients = list(zip(range(work.clients), datasets, jax.random.split(key, work.clients), strict=True))
             state, _ = algorithm.apply(state, clients)
             jax.block_until_ready(state.params)
             yield state.params
 
-    seconds, params = timed(rounds())
+    seconds, params = timed(rounds(initial))
     return Outcome(seconds, to_torch(model, params))

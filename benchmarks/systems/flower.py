@@ -38,7 +38,6 @@ def _network(model: str, work: Work) -> nn.Module:
 
 def run(model: str, work: Work) -> Outcome:
     """FedAvg over as many supernodes as there are clients."""
-    torch.set_num_threads(1)
     client, server = ClientApp(), ServerApp()
     moments: list[float] = []
     result: list[Arrays] = []

@@ -128,12 +128,13 @@ def to_torch(model: str, arrays: Any) -> Arrays:
 
 
 def _run(model: str, work: Work, round_: Callable[..., Any]) -> Outcome:
-    def rounds() -> Iterator[Any]:
-        server = [jnp.asarray(a) for a in from_torch(parameters(model, work))]
-        x, y = map(jnp.asarray, images(work))
+    x, y = map(jnp.asarray, images(work))
+    initial = [jnp.asarray(a) for a in from_torch(parameters(model, work))]
+
+    def rounds(server: Any) -> Iterator[Any]:
         for key in jax.random.split(jax.random.key(work.seed), work.rounds):
             server = jax.block_until_ready(round_(server, x, y, jax.random.split(key, work.clients)))
             yield server
 
-    seconds, server = timed(rounds())
+    seconds, server = timed(rounds(initial))
     return Outcome(seconds, to_torch(model, server))

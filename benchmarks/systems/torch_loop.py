@@ -54,17 +54,16 @@ def run(model: str, work: Work) -> Outcome:
     if several:
         dist.init_process_group("gloo")
     net = network(model, parameters(model, work))
-    seconds, server = timed(_rounds(net, work, several))
+    seconds, server = timed(_rounds(net, *tensors(work), work, several))
     if several:
         dist.destroy_process_group()
     nn.utils.vector_to_parameters(server, net.parameters())
     return Outcome(seconds, [p.detach().numpy() for p in net.parameters()])
 
 
-def _rounds(net: nn.Module, work: Work, several: bool) -> Iterator[Tensor]:
+def _rounds(net: nn.Module, x: Tensor, y: Tensor, work: Work, several: bool) -> Iterator[Tensor]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     torch.manual_seed(rank)
-    x, y = tensors(work)
     local = nn.utils.parameters_to_vector(net.parameters()).detach()
     nn.utils.vector_to_parameters(local, net.parameters())  # the parameters are views of it from here on
     server = local.clone()
