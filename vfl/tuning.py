@@ -17,7 +17,7 @@ Mode = Literal["vmap", "compile", "loop"]
 TRIES = 3  # chunks in which another way is timed, after one that warms it up
 SEEN = 4  # a shape must come back so often before a program for it is worth its compilation
 SPEEDUP = 1.5  # what compiling is expected to bring, until it is measured
-COMPILE_SECONDS = (2.0, 0.04)  # and to cost: at least, and for each node of the graph
+COMPILE_SECONDS = (2.0, 0.02)  # and to cost: at least, and for each node of the graph
 NODES_A_STEP = 140  # of the graph, for a small model
 
 
