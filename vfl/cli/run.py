@@ -104,7 +104,7 @@ def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple
     options, launch = call.options, _launch()
     if options.out is None and launch is not None:
         raise UsageError("under torchrun --max-restarts, --out is needed, so that a restart finds its checkpoints")
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{call.name}-{options.data.partition(':')[0]}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{call.name.replace(':', '.')}-{options.data.partition(':')[0]}"
     folder, state = options.out or Path("runs") / name, fresh
     restarted = launch is not None and runs.launched_by(folder, launch)
     resuming = options.resume or restarted
@@ -203,7 +203,7 @@ def _signals() -> Iterator[Callable[[], int | None]]:
         if received and number == signal.SIGINT and time.monotonic() - received[0][1] > 2:
             raise KeyboardInterrupt
         if not received:
-            log.warning("finishing this round, then saving; Ctrl-C again to stop now, without")
+            log.warning("finishing this round, then saving; Ctrl-C again to stop now, without saving")
         received.append((number, time.monotonic()))
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
