@@ -145,8 +145,8 @@ def main(
     Exits with 1 where a system could not run: not installed, or failed.
 
     Args:
-        systems: Their names, or all: vfl, vfl-2, torch-loop, torch-loop-2, jax-loop, jax-scan, jax-vmap, pfl, pfl-2,
-            fedjax, flwr.
+        systems: Their names, or all: vfl, vfl-2, vfl-compile, vfl-compile-2, torch-loop, torch-loop-2, jax-loop,
+            jax-scan, jax-vmap, pfl, pfl-2, fedjax, flwr.
         models: softmax, mlp, cnn, or all.
         repeats: Runs of each system with each model.
         as_json: Print one line of JSON for each system with each model instead, and write nothing.

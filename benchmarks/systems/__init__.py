@@ -19,6 +19,11 @@ class System(NamedTuple):
 SYSTEMS = {
     "vfl": System("ours:run", "vfl", "torch"),
     "vfl-2": System("ours:run", "vfl, 2 processes of one thread", "torch", ranks=2),
+    "vfl-compile": System(
+        "ours:compiled", "vfl, compiled", "torch",
+        note="Steady state of a run long enough to repay the compilation, which is the first round's.",
+    ),
+    "vfl-compile-2": System("ours:compiled", "vfl, compiled, 2 processes of one thread", "torch", ranks=2),
     "torch-loop": System("torch_loop:run", "plain PyTorch loop", "torch"),
     "torch-loop-2": System("torch_loop:run", "plain PyTorch loop, 2 processes of one thread", "torch", ranks=2),
     "jax-loop": System("jax_by_hand:loop", "hand-written JAX: loop over a jitted client", "jax", "jax"),
