@@ -14,10 +14,11 @@ import torch
 import yaml
 from cli_runs import SMALL, assert_same_run, here, metrics, newest, tensors, tree, vfl
 
+from algorithms.fedavg import FedAdam
 from vfl import checkpoint, models, runs
 from vfl.algorithms import algorithms, load_algorithm
 from vfl.cli import _main
-from vfl.cli.options import ABOUT_THE_CALL, RunOptions
+from vfl.cli.options import ABOUT_THE_CALL, RunOptions, parse_run
 from vfl.data import federated
 
 __all__ = ["here"]
@@ -682,3 +683,13 @@ def test_python_m_vfl_is_the_same_program(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("vfl", run_name="__main__")
     assert ended.value.code == 2 and refusal(capsys).startswith("unknown algorithm 'nope'")
+
+
+def test_a_configuration_serves_another_algorithm_without_the_first_ones_defaults(here):
+    """SCAFFOLD's plain server step and uniform weights are no choice of the user's; its local rate here is."""
+    path = here / "scaffold.yaml"
+    own = {"option": 2, "weighting": "uniform", "server_optimizer": "sgd", "server_lr": 1.0, "local_lr": 0.05}
+    path.write_text(yaml.safe_dump({"algorithm": "scaffold", "data": "digits", "rounds": 7, **own}), encoding="utf-8")
+    call = parse_run(["fedadam", "--config", str(path)])
+    assert (call.name, call.options.rounds) == ("fedadam", 7)
+    assert call.algorithm == FedAdam(local_lr=0.05)

@@ -158,6 +158,7 @@ def parse_run(argv: Sequence[str]) -> Call:
         raise UsageError("vfl run needs an algorithm, as in `vfl run fedavg`, or a --config that names one; "
                          "`vfl list algorithms` shows them all")  # fmt: skip
     cls = load_algorithm(name)
+    written = _for_algorithm(written, name)
     merged, fields = _merged(name, cls), _fields(RunOptions) | _fields(cls)
     prefix = [] if file is None else _as_arguments(written, fields, file)
 
@@ -174,6 +175,15 @@ def parse_run(argv: Sequence[str]) -> Call:
             except UsageError as error:  # the file's own fault
                 raise UsageError(f"{file}: {error}") from None
         raise
+
+
+def _for_algorithm(written: dict[str, Any], name: str) -> dict[str, Any]:
+    """Another algorithm's configuration as this one's: without that algorithm's defaults, which nobody chose."""
+    other = str(written.get("algorithm", name))
+    if other == name:
+        return written
+    defaults = {f.name: f.default for f in _fields(load_algorithm(other)).values()}
+    return {key: value for key, value in written.items() if key not in defaults or value != defaults[key]}
 
 
 def _config_file(argv: list[str]) -> Path | None:
