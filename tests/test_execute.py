@@ -94,6 +94,14 @@ def test_auto_does_not_compile_for_a_run_that_cannot_repay_it():
     assert "compile" not in played(tuner(100.0), {"loop": 3.0, "vmap": 0.01, "compile": 0.001})
 
 
+def test_a_program_tried_late_is_compared_with_vmap_and_not_with_the_loop_timed_before_it():
+    one, seconds = tuner(0.0), {"loop": 3.0, "vmap": 1.0, "compile": 2.0}
+    assert "compile" not in played(one, seconds)
+    one.steps_to_come = 1e9
+    modes = played(one, seconds)
+    assert "compile" in modes and modes[-1] == "vmap"
+
+
 def test_auto_times_the_loop_in_a_few_chunks_only():
     assert played(tuner(0.0), {"loop": 3.0, "vmap": 1.0}).count("loop") == TRIES + 1
 

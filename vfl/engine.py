@@ -117,7 +117,7 @@ class Engine:
         cohort = self.sampler.draw(cohort_key)
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
         keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
-        counts = self.work.counts(self._sizes(cohort.ids))  # [S]
+        counts = self.work.counts(self.data.clients.sizes(cohort.ids))  # [S]
         self.tuner.steps_to_come = float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1)
         mine, owners = self._share(state.store, cohort.ids, counts)
         total = CohortSum(len(cohort.ids), self.dtype, self.device)
@@ -170,9 +170,6 @@ class Engine:
         """New client states, moved to where the store keeps them."""
         return tree_map(lambda leaf: leaf.to(self.place), clients)
 
-    def _sizes(self, ids: np.ndarray) -> np.ndarray:
-        return self.offsets[ids + 1] - self.offsets[ids]
-
     def _share(self, store: Store, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
         """This rank's positions in the cohort, most steps first, and who owns the clients' states from now on."""
         rank = assign(ids, counts, store.owners, self.ranks.world)
@@ -208,7 +205,7 @@ class Engine:
     ) -> tuple[Chunk, Mode, Hashable]:
         """The clients at these positions of the cohort [C]: what they returned, how they were run, their shape."""
         ids = cohort.ids[now]
-        starts, sizes = self.offsets[ids], self._sizes(ids)
+        starts, sizes = self.offsets[ids], self.data.clients.sizes(ids)
         mapped = keys[now].to(self.device)
         plan = minibatches(self.work, random.fold_in(mapped, 0), starts, sizes)
         bounds = Bounds(plan.shortest, int(sizes.max()))

@@ -62,11 +62,11 @@ class Tuner:
             return
         if mode != self.mode():  # a shape too rare for the mode in force
             return
-        if len(self._times) <= TRIES:
-            self._times.append(steps / seconds)
+        self._times.append(steps / seconds)
         if len(self._times) <= TRIES:
             return
         self._rates[mode] = max(self._times[1:])
+        self._times = []  # the next timings may be another mode's
         self._conclude(signature, depth)
 
     def _conclude(self, signature: Hashable, depth: int) -> None:
@@ -78,7 +78,7 @@ class Tuner:
             candidate = self._untried[0]
             if candidate == "compile" and not self._repaid(signature, depth):
                 return  # perhaps later, when the shape has come back often enough
-            self._trial, self._times = self._untried.pop(0), []
+            self._trial = self._untried.pop(0)
             return
         shown = ", ".join(f"{m} {r:,.0f}" for m, r in self._rates.items())
         if self._rates:
