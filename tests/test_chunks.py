@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vfl.chunks import MEMORY_SHARE, PADDING, ChunkSize, Memory, out_of_memory, parse_chunk
+from vfl.chunks import MEMORY_SHARE, ChunkSize, Memory, out_of_memory, parse_chunk
 from vfl.errors import UsageError
+from vfl.queue import PADDING, alike
 
 CPU = torch.device("cpu")
 GB = 2**30
@@ -47,7 +48,7 @@ def played(machine: Machine, size: ChunkSize, population: int = 10**6, rounds: i
     for _ in range(rounds):
         if size.settled:
             break
-        clients = size.take(np.ones(population, dtype=np.int64))
+        clients = size.take(population)
         run.append(clients)
         before = machine.used()
         size.report(clients, clients, machine.run(clients), before)
@@ -57,7 +58,7 @@ def played(machine: Machine, size: ChunkSize, population: int = 10**6, rounds: i
 def split(size: ChunkSize, counts: list[int]) -> list[list[int]]:
     left, chunks = np.array(counts), []
     while len(left):
-        take = size.take(left)
+        take = size.take(alike(left))
         assert 1 <= take <= len(left)
         chunks.append(left[:take].tolist())
         left = left[take:]
@@ -202,7 +203,7 @@ def test_a_given_size_gives_way_too_down_to_one_client() -> None:
     size = size_on(Machine(), 100)
     sizes, clients = [], 100
     while size.halve(clients):
-        clients = size.take(np.ones(1000, dtype=np.int64))
+        clients = size.take(1000)
         sizes.append(clients)
     assert sizes == [50, 25, 12, 6, 3, 1]
     assert not size.halve(1)

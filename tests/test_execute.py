@@ -8,6 +8,7 @@ import torch
 from helpers import ALGORITHMS, assert_same, every_algorithm, federated, regression, run
 
 import vfl
+from vfl import execute
 from vfl.chunks import ChunkSize
 from vfl.tuning import SEEN, TRIES, Tuner
 
@@ -18,7 +19,7 @@ OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
 @every_algorithm
 def test_a_traced_program_gives_the_results_of_vmap(algorithm, monkeypatch):
     """The graph is what could differ; compiling it is torch's."""
-    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated()
     wanted = run(algorithm, task, data, 3, **OPTIONS)
     assert_same(run(algorithm, task, data, 3, execution="compile", **OPTIONS), wanted, 1e-9)
@@ -35,16 +36,16 @@ def test_a_compiled_program_gives_the_results_of_vmap():
 
 def test_a_program_is_made_once_for_a_shape(monkeypatch):
     made = []
-    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: made.append(graph) or graph)
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: made.append(graph) or graph)
     run(ALGORITHMS["fedavg"], regression(), federated(), 4, execution="compile", clients_per_round="all", chunk=100)
     assert len(made) == 1
 
 
 def test_a_run_goes_on_under_vmap_when_compiling_fails(monkeypatch, caplog):
-    def broken(graph, dynamic):
+    def broken(graph, inputs):
         raise RuntimeError("no compiler on this machine")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(execute, "compile_graph", broken)
     algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
     with caplog.at_level(logging.WARNING, "vfl"):
         found = vfl.simulate(algorithm, task, data, 3, execution="compile", **OPTIONS)

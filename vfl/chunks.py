@@ -6,7 +6,6 @@ import contextlib
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vfl.errors import UsageError
@@ -15,7 +14,6 @@ log = logging.getLogger("vfl")
 
 MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
 WORTH = 1.05  # a doubled chunk must be this much faster to be kept
-PADDING = 0.5  # a chunk ends where the next client has fewer steps than this share of its longest
 
 
 def parse_chunk(text: str | int | None) -> int | None:
@@ -72,12 +70,11 @@ class ChunkSize:
         self.size = wanted or first
         self._best = (0.0, self.size)  # (local steps a second, size)
 
-    def take(self, counts: np.ndarray) -> int:
-        """How many of the remaining clients, with these step counts (descending) [n], form the next chunk."""
-        alike = int(np.searchsorted(-counts, -PADDING * counts[0], side="right"))
-        if not self.settled:
+    def take(self, alike: int, size: int | None = None) -> int:
+        """How many of the next clients, of which `alike` are alike, form the next chunk; of `size` if that is given."""
+        if size is None and not self.settled:
             return min(self.size, alike)
-        chunks = -(-alike // self.size)
+        chunks = -(-alike // (size or self.size))
         return -(-alike // chunks)  # equal chunks rather than a full one and a rest
 
     def report(self, clients: int, steps: int, seconds: float, before: int | None) -> None:
@@ -111,6 +108,15 @@ class ChunkSize:
     def _settle(self, size: int) -> None:
         self.size, self.settled = size, True
         log.info("chunk auto: %d clients at once", size)
+
+
+def cache_bytes() -> int:
+    """The second-level cache of a core, where the system tells; else what is common."""
+    size = ""
+    with contextlib.suppress(OSError):
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+    units = {"K": 2**10, "M": 2**20}
+    return int(size[:-1]) * units[size[-1]] if size and size[-1] in units else 2**20
 
 
 def out_of_memory(error: BaseException) -> bool:

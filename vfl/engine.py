@@ -5,11 +5,10 @@ Letters: D parameters, C clients in a chunk, S a cohort, N population, K local s
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,18 +16,20 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, Tree, tree_map
-from vfl.chunks import ChunkSize, out_of_memory, parse_chunk
+from vfl.base import Algorithm
+from vfl.chunks import parse_chunk
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks, assign
 from vfl.errors import DivergedError, UsageError
-from vfl.execute import Bounds, Compiler, Inputs, Problem, Shared, by_loop, by_vmap, chunk_signature
-from vfl.local import Work, minibatches
-from vfl.reduce import Chunk, CohortSum, chunk_results
+from vfl.execute import Problem, Shared
+from vfl.executor import Executor, Round
+from vfl.local import Work
+from vfl.queue import Clients, Queue
+from vfl.reduce import reduce
 from vfl.samplers import Amount, Cohort, Sampler, sampler
 from vfl.store import Store
 from vfl.task import Task
-from vfl.tuning import Execution, Mode, Tuner
+from vfl.tuning import Execution
 
 log = logging.getLogger("vfl")
 
@@ -78,15 +79,10 @@ class Engine:
         self.device, self.dtype = task.x.device, task.x.dtype
         self.sampler: Sampler = sampler(sampling, clients_per_round, data.clients.offsets)
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
-        self.offsets, self.transform = data.clients.offsets, data.transform
-        self.problem = Problem(algorithm, self.transform, self.dtype)
-        self.compiler = Compiler(self.problem)
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
-        # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
-        self.chunk = ChunkSize(parse_chunk(chunk), 8 * task.x.numel() * task.x.element_size(), self.device)
-        self.tuner = Tuner(execution, self.chunk)
-        self._vmap_works = False
+        problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop)
+        self.executor = Executor(problem, execution, parse_chunk(chunk), task.x, self._batch_bytes(), self.place)
 
     def init(self, seed: int) -> State:
         """The state before the first round."""
@@ -118,19 +114,18 @@ class Engine:
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
         keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
         counts = self.work.counts(self.data.clients.sizes(cohort.ids))  # [S]
-        self.tuner.steps_to_come = float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1)
+        self.executor.tuner.steps_to_come = float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1)
         mine, owners = self._share(state.store, cohort.ids, counts)
-        total = CohortSum(len(cohort.ids), self.dtype, self.device)
-        pending: list[tuple[np.ndarray, Chunk]] = []
-        while len(mine):
-            now, chunk = self._next_chunk(mine, counts, state, sent.content, cohort, keys)
-            total.add(now, chunk, self.drop)
-            pending.append((now, chunk._replace(payload=[], clients=self.place_states(chunk.clients))))
-            mine = mine[len(now) :]
-        if counts.any() and not pending:  # more ranks than clients: learn the layout from one, and add nothing
-            ghost = np.array([counts.argmax()])
-            total.shape_like(self._run(self.tuner.mode(), ghost, state, sent.content, cohort, keys)[0])
-        received = total.reduce(self.ranks, stop())
+        shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1)
+        queue = self._queue(state, cohort, counts, keys, mine)
+        while queue.left:
+            self.executor.run(queue, shared, played)
+        if counts.any() and self.executor.layout is None:  # more ranks than clients: learn it from one of the others
+            self.executor.learn_layout(
+                self._queue(state, cohort, counts, keys, np.array([counts.argmax()])), shared, played
+            )
+        sums = played.sums or self.executor.no_sums()
+        received = reduce(self.executor.layout, sums, played.reports, len(cohort.ids), self.ranks, stop())
         bad = (counts > 0) & ~received.finite
         if bad.any() and not self.drop:
             raise DivergedError(state.round + 1, np.unique(cohort.ids[bad]).tolist())
@@ -139,8 +134,8 @@ class Engine:
             server, reported = self.algorithm.server_update(server, received.mean, server_key.to(self.device))
             if not bool(torch.isfinite(server.x.sum())):
                 raise DivergedError(state.round + 1, [])
-        for now, chunk in pending:
-            state.store.scatter(cohort.ids[now], chunk.clients, chunk.finite)
+        for now, clients in played.states:
+            state.store.scatter(cohort.ids[now], clients, torch.from_numpy(received.finite[now]))
         state.store.owners.update(owners)
         state.store.round = state.round + 1
         good, before = received.finite, state.totals
@@ -159,16 +154,18 @@ class Engine:
             "dropped": int(bad.sum()),
             **received.extra,
             **{name: float(value) for name, value in reported.items()},
-            "chunk": max((len(now) for now, _ in pending), default=0),
-            "execution": self.tuner.mode(),
+            "chunk": played.chunk,
+            "execution": self.executor.tuner.mode(),
             "seconds": time.perf_counter() - started,
             "stopping": received.stopping,
         }
         return after, metrics
 
-    def place_states(self, clients: Tree) -> Tree:
-        """New client states, moved to where the store keeps them."""
-        return tree_map(lambda leaf: leaf.to(self.place), clients)
+    def _batch_bytes(self) -> int:
+        """Bytes of a usual client's minibatch, as the model takes it."""
+        clients = self.data.clients
+        examples = self.work.batch_size or max(len(clients.x) // clients.population, 1)
+        return int(examples * clients.x[:1].numel() * self.dtype.itemsize)
 
     def _share(self, store: Store, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
         """This rank's positions in the cohort, most steps first, and who owns the clients' states from now on."""
@@ -177,72 +174,10 @@ class Engine:
         owners = {} if store.empty else dict(zip(ids.tolist(), rank.tolist(), strict=True))
         return mine[np.argsort(-counts[mine], kind="stable")], owners
 
-    def _next_chunk(
-        self, mine: np.ndarray, counts: np.ndarray, state: State, sent: Tree, cohort: Cohort, keys: Tensor
-    ) -> tuple[np.ndarray, Chunk]:
-        """Runs the next of these clients, fewer if memory runs out; which they were, and what they returned."""
-        while True:
-            mode = self.tuner.mode()
-            now = mine[: 1 if mode == "loop" else self.chunk.take(counts[mine])]
-            before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
-            try:
-                result, ran, signature = self._run(mode, now, state, sent, cohort, keys)
-            except Exception as error:
-                if not out_of_memory(error) or not self.chunk.halve(len(now)):
-                    raise
-                continue
-            if self.tuner.learning:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                steps, seconds = counts[now], time.perf_counter() - started
-                self.tuner.report(ran, signature, int(steps.sum()), int(steps[0]), seconds)
-                if ran != "loop":
-                    self.chunk.report(len(now), int(steps.sum()), seconds, before)
-            return now, result
-
-    def _run(
-        self, mode: Mode, now: np.ndarray, state: State, sent: Tree, cohort: Cohort, keys: Tensor
-    ) -> tuple[Chunk, Mode, Hashable]:
-        """The clients at these positions of the cohort [C]: what they returned, how they were run, their shape."""
-        ids = cohort.ids[now]
-        starts, sizes = self.offsets[ids], self.data.clients.sizes(ids)
-        mapped = keys[now].to(self.device)
-        plan = minibatches(self.work, random.fold_in(mapped, 0), starts, sizes)
-        bounds = Bounds(plan.shortest, int(sizes.max()))
-        shared = Shared(sent, self.data_x, self.data_y)
-        on_device = {"dtype": torch.int64, "device": self.device}
-        inputs = Inputs(
-            state.store.gather(ids, self.device), plan.rows, plan.mask, plan.steps,
-            torch.tensor(starts, **on_device), torch.tensor(sizes, **on_device), mapped,
-            torch.tensor(cohort.factor[now], dtype=self.dtype, device=self.device),
-            tuple(b.expand(len(ids), *b.shape) for b in state.buffers),
-        )  # fmt: skip
-        signature = chunk_signature(bounds, shared, inputs)
-        one_by_one = functools.partial(by_loop, self.problem, bounds, shared, inputs, ids, state.round + 1)
-        if mode == "loop":
-            return chunk_results(*one_by_one()), "loop", signature
-        if mode == "compile" and not self.tuner.wants(signature):
-            mode = "vmap"
-        if mode == "compile":
-            try:
-                return chunk_results(*self.compiler.run(signature, bounds, shared, inputs)), mode, signature
-            except Exception as error:
-                if out_of_memory(error):
-                    raise
-                mode = "vmap"
-                self.tuner.give_up("compile")
-                log.warning("compiling failed, so the run goes on without (%s)", str(error).strip().splitlines()[0])
-        try:
-            result = by_vmap(self.problem, bounds, shared, inputs)
-            self._vmap_works = True
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            result = one_by_one()  # names the client if it fails there too
-            if self._vmap_works:
-                raise
-            mode = "loop"
-            self.tuner.give_up("vmap")
-            log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
-                        str(error).strip().splitlines()[0])  # fmt: skip
-        return chunk_results(*result), mode, signature
+    def _queue(self, state: State, cohort: Cohort, counts: np.ndarray, keys: Tensor, mine: np.ndarray) -> Queue:
+        """The clients at the positions `mine` of the cohort, to be computed in this order."""
+        ids, device = cohort.ids[mine], self.device
+        factor = torch.tensor(cohort.factor[mine], dtype=self.dtype, device=device)
+        starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
+        clients = Clients(mine, ids, counts[mine], starts, sizes, keys[mine].to(device), factor)
+        return Queue(self.work, clients, state.buffers, lambda some: state.store.gather(some, device))

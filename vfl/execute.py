@@ -1,22 +1,27 @@
-"""How a chunk's clients are computed: one by one, under vmap, or under vmap and compiled. C clients in the chunk."""
+"""How a chunk's clients are computed: one by one, under vmap, or compiled. C clients in the chunk."""
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Message, Metrics, Tree, leaves, tree_map
+from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import out_of_memory
 from vfl.data.container import Transform
 from vfl.errors import ClientError
+from vfl.leafwise import leafwise
 from vfl.local import Batches
+from vfl.matmul import faster_products
+from vfl.reduce import Results, Sums, add
 
 
 class Shared(NamedTuple):
@@ -54,9 +59,16 @@ class Problem(NamedTuple):
     algorithm: Algorithm
     transform: Transform
     dtype: torch.dtype
+    sizes: list[int]  # of the model's parameters
+    drop: bool  # whether clients with NaN are left out
 
 
-Results = tuple[Message, Tree, Metrics]
+class Added(NamedTuple):
+    """What a chunk leaves."""
+
+    sums: Sums  # with its messages added
+    report: Tensor  # [C, len(REPORT)]
+    clients: Tree  # new client states [C, ...]
 
 
 def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -> Results:
@@ -83,32 +95,75 @@ def by_loop(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs, id
     results = []
     for c, i in enumerate(ids.tolist()):
         mine = tree_map(operator.itemgetter(c), inputs)
-        with torch.random.fork_rng(devices=[mine.rows.device] if mine.rows.is_cuda else []):
-            torch.manual_seed(int(mine.key) % 2**63)  # for models with random layers of their own
+        with _seeded(mine.key):  # for models with random layers of their own
             try:
                 results.append(one_client(problem, bounds, shared, mine))
             except Exception as error:
                 if out_of_memory(error):
                     raise
                 raise ClientError(i, round, error) from error
+    if len(results) == 1:
+        return tree_map(lambda leaf: torch.as_tensor(leaf)[None], results[0])
     return tree_map(lambda *each: torch.stack([torch.as_tensor(e) for e in each]), *results)
 
 
+@contextlib.contextmanager
+def _seeded(key: Tensor) -> Iterator[None]:
+    """Torch's own random numbers from a key []; they go on as before afterwards."""
+    # torch.manual_seed would do, but it also records a stack trace for devices that are not in use: a millisecond.
+    generators = [torch.default_generator]
+    if key.is_cuda:
+        generators.append(torch.cuda.default_generators[key.device.index])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(int(key) % 2**63)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
 class Compiler:
-    """Compiled programs by chunk shape. Traced under vmap, where nothing can depend on a value; so none is guarded."""
+    """Compiled programs by chunk shape, each of a chunk's whole work: clients, weighted sums and reports.
+
+    Nothing in a program can depend on a value, which vmap has shown before, so a program guards nothing.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._programs: dict[Hashable, Callable[[Shared, Inputs], Results]] = {}
+        self._programs: dict[Hashable, Callable[[Shared, Inputs, Sums], Added]] = {}
 
-    def run(self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs) -> Results:
-        """All clients of the chunk at once, by the program for its shape, which the first such chunk compiles."""
+    def run(self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums) -> Added:
+        """The chunk by the program for its shape, which the first such chunk compiles."""
         if signature not in self._programs:
-            graph = make_fx(lambda s, i: by_vmap(self.problem, bounds, s, i))(shared, inputs)
-            self._programs[signature] = torch.compile(graph, dynamic=False)
-        return self._programs[signature](shared, inputs)
+            self._programs[signature] = self._make(bounds, shared, inputs, sums)
+        return self._programs[signature](shared, inputs, sums)
+
+    def _make(
+        self, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums
+    ) -> Callable[[Shared, Inputs, Sums], Added]:
+        flat, arguments = pytree.tree_flatten((shared, inputs, sums))
+        result: list[Any] = []
+
+        def program(*flat: Tensor) -> list[Tensor]:
+            shared, inputs, sums = pytree.tree_unflatten(flat, arguments)
+            if len(inputs.key) == 1:  # a lone client's matrix products are plain ones
+                mine = tree_map(operator.itemgetter(0), inputs)
+                results = tree_map(lambda leaf: leaf[None], one_client(self.problem, bounds, shared, mine))
+            else:
+                results = by_vmap(self.problem, bounds, shared, inputs)
+            done, structure = pytree.tree_flatten(Added(*add(sums, results, self.problem.drop, True), results[1]))
+            result[:] = [structure]
+            return done
+
+        graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes))
+        compiled = compile_graph(graph, flat)
+        return lambda *now: pytree.tree_unflatten(compiled(*pytree.tree_leaves(now)), result[0])
 
 
-def chunk_signature(bounds: Bounds, shared: Shared, inputs: Inputs) -> Hashable:
-    """What a compiled program is good for."""
-    return bounds, *((leaf.shape, leaf.dtype) for leaf in leaves((shared.sent, inputs)))
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """The graph as machine code for inputs of these shapes."""
+    from torch._inductor import compile  # takes a second, which only those who compile should wait
+
+    return cast("Callable[..., list[Tensor]]", compile(graph, [*inputs]))

@@ -28,9 +28,10 @@ def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
 
 def fold_in(key: Tensor, n: Tensor | int) -> Tensor:
     """The key of a key and a number: an independent stream for each n. Broadcasts: [C] with [], [] with [C]."""
-    n = torch.as_tensor(n, dtype=torch.int64, device=key.device)
     # Another offset than in `key`: with the same one, fold_in(key(a), b) would equal fold_in(key(b), a).
-    return _mix(key ^ _mix(n + _MIX1))
+    if not isinstance(n, Tensor):  # a number known beforehand costs no tensor operation
+        return _mix(key ^ _mixed(int(n) + _MIX1))
+    return _mix(key ^ _mix(n.to(key.device, torch.int64) + _MIX1))
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
@@ -92,6 +93,15 @@ def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
+
+
+def _mixed(n: int) -> int:
+    """`_mix` of a Python integer."""
+    z = n % 2**64
+    z = (z ^ (z >> 30)) * _MIX1 % 2**64
+    z = (z ^ (z >> 27)) * _MIX2 % 2**64
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
 
 
 # The float draws are opaque operators: vmap's own random operators are not keyed by client, and a Philox row filled by

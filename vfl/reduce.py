@@ -1,4 +1,4 @@
-"""The cohort's sums: every message, buffer and report of a round in one flat vector and one all-reduce.
+"""The cohort's sums: every message, buffer and report of a round, added chunk by chunk and reduced at once.
 
 Letters: C clients in a chunk, S a cohort.
 """
@@ -20,40 +20,69 @@ from vfl.distributed import Ranks
 REPORT = ("loss", "examples", "gradients", "bits_high", "bits_low", "finite")
 LOW = 2.0**20
 
+Results = tuple[Message, Tree, Metrics]
+"""What a chunk's clients return, stacked: messages, new client states, metrics."""
 
-class Chunk(NamedTuple):
-    """What a chunk of clients returned, stacked."""
 
-    payload: list[Tensor]  # leaves [C, ...]
+class Layout(NamedTuple):
+    """What the clients' results look like: what a sum is taken apart by."""
+
     structure: Any  # of the payload's tree
-    buffers: tuple[Tensor, ...]  # [C, ...] each
-    clients: Tree  # new client states [C, ...]
-    weight: Tensor  # [C]
-    report: Tensor  # [C, len(REPORT)]
-    extra: dict[str, Tensor]  # [C] each
+    payload: list[Tensor]  # on the meta device, one client's leaves [...]
+    buffers: list[Tensor]  # [...]
+    extra: tuple[str, ...]  # names of the algorithm's own client metrics
 
     @property
-    def finite(self) -> Tensor:
-        """Which clients' messages hold neither NaN nor infinity: bool [C]."""
-        return self.report[:, -1] > 0
+    def sizes(self) -> list[int]:
+        """Entries of each part of the sum; each of the extra metrics has one."""
+        return [part.numel() for part in (*self.payload, *self.buffers)] + [1] * len(self.extra)
 
 
-def chunk_results(message: Message, clients: Tree, metrics: Metrics) -> Chunk:
-    """A chunk's stacked results, with each client's report."""
-    payload, structure = pytree.tree_flatten(message.payload)
+def layout(results: Results) -> Layout:
+    """The layout of a chunk's stacked results."""
+    message, _, metrics = results
+    leaves, structure = pytree.tree_flatten(message.payload)
+    payload, buffers = ([leaf[0].detach().to("meta") for leaf in part] for part in (leaves, metrics.buffers))
+    return Layout(structure, payload, buffers, tuple(metrics.extra))
+
+
+class Sums(NamedTuple):
+    """Weighted sums over clients."""
+
+    parts: list[Tensor]  # flat, one for each of the layout's sizes
+    weight: Tensor  # [1] Σ w
+
+
+def zeros(sizes: list[int], dtype: torch.dtype, device: torch.device) -> Sums:
+    """The sums over no client at all."""
+    return Sums([torch.zeros(n, dtype=dtype, device=device) for n in sizes],
+                torch.zeros(1, dtype=dtype, device=device))  # fmt: skip
+
+
+def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[Sums, Tensor]:
+    """The sums with a chunk's results added, and each client's report [C, len(REPORT)].
+
+    `drop` leaves out clients whose messages hold NaN or infinity. `fused` writes the weighted sum as a product and a
+    sum, which a compiler makes one loop; torch alone is faster with a matrix product.
+    """
+    message, _, metrics = results
+    payload = pytree.tree_leaves(message.payload)
     # A sum over the entries is infinite or NaN when an entry is: one read of the messages, no copy.
     summed = message.weight + sum(p.flatten(1).sum(1) if p.dim() > 1 else p for p in payload)
+    finite = torch.isfinite(summed)
     high = (message.bits / LOW).floor()
-    columns = (
-        metrics.loss,
-        metrics.examples,
-        metrics.gradients,
-        high,
-        message.bits - high * LOW,
-        torch.isfinite(summed),
-    )
+    columns = (metrics.loss, metrics.examples, metrics.gradients, high, message.bits - high * LOW, finite)
     report = torch.stack([column.to(torch.float64) for column in columns], dim=1)
-    return Chunk(payload, structure, metrics.buffers, clients, message.weight, report, dict(metrics.extra))
+    weight = message.weight.to(sums.weight.dtype)
+    if drop:
+        weight = torch.where(finite, weight, 0)
+    parts = []
+    for total, part in zip(sums.parts, (*payload, *metrics.buffers, *metrics.extra.values()), strict=True):
+        rows = (part if part.dim() == 2 else part.reshape(len(weight), -1)).to(total.dtype)
+        if drop:  # zero times NaN would still be NaN
+            rows = torch.where(finite[:, None], rows, 0)
+        parts.append(total + ((weight[:, None] * rows).sum(0) if fused else weight @ rows))
+    return Sums(parts, sums.weight + weight.sum()), report
 
 
 class Received(NamedTuple):
@@ -70,63 +99,39 @@ class Received(NamedTuple):
     stopping: bool  # some rank asked to stop
 
 
-class CohortSum:
-    """One flat vector: [payload | buffers | extra | Σw | stop | report S × len(REPORT)], added to chunk by chunk."""
+def reduce(
+    like: Layout | None, sums: Sums, reports: list[tuple[np.ndarray, Tensor]], cohort: int, ranks: Ranks, stop: bool
+) -> Received:
+    """The sums over all ranks, by one all-reduce of [parts | Σw | stop | report S × len(REPORT)].
 
-    def __init__(self, cohort: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.cohort, self.device = cohort, device
-        self.dtype = torch.promote_types(dtype, torch.float32)
-        self.tail = [1, 1, cohort * len(REPORT)]
-        self.example: Chunk | None = None
-        self.sizes: list[int] = []
-        self.flat = torch.zeros(sum(self.tail), dtype=self.dtype, device=device)
-
-    def shape_like(self, chunk: Chunk) -> None:
-        """Lays the vector out for results like these."""
-        self.example = chunk
-        self.sizes = [part[0].numel() for part in _parts(chunk)]
-        self.flat = torch.zeros(sum(self.sizes) + sum(self.tail), dtype=self.dtype, device=self.device)
-
-    def add(self, now: np.ndarray, chunk: Chunk, drop: bool) -> None:
-        """Adds the clients at these positions of the cohort [C]; `drop` leaves out those that are not finite."""
-        if self.example is None:
-            self.shape_like(chunk)
-        weight = chunk.weight.to(self.dtype)
-        if drop:
-            weight = torch.where(chunk.finite, weight, 0)
-        *sums, total, _, report = self.flat.split([*self.sizes, *self.tail])
-        for at, part in zip(sums, _parts(chunk), strict=True):
-            rows = part.reshape(len(now), -1).to(self.dtype)
-            if drop:  # zero times NaN would still be NaN
-                rows = torch.where(chunk.finite[:, None], rows, 0)
-            at += weight @ rows
-        total += weight.sum()
-        report.view(self.cohort, -1)[torch.from_numpy(now).to(self.device)] = chunk.report.to(self.dtype)
-
-    def reduce(self, ranks: Ranks, stop: bool) -> Received:
-        """The sums over all ranks. Every rank calls it once a round."""
-        self.flat[sum(self.sizes) + 1] = float(stop)
-        *sums, weight, stopping, report = ranks.all_reduce(self.flat).split([*self.sizes, *self.tail])
-        scale = torch.where(weight > 0, 1 / weight, 0)
-        means = [s * scale for s in sums]
-        extra = dict(self.example.extra) if self.example else {}
-        scalars = means[len(means) - len(extra) :]
-        # Reading these numbers waits for the device.
-        numbers = torch.cat([report, stopping, weight, *scalars]).to("cpu", torch.float64).numpy()
-        rows = numbers[: self.tail[-1]].reshape(self.cohort, len(REPORT))
-        loss, examples, gradients, high, low, finite = rows.T
-        mean, buffers = None, ()
-        if self.example is not None and numbers[self.tail[-1] + 1] > 0:
-            n = len(self.example.payload)
-            like = [(v.reshape(p.shape[1:]), p.dtype) for v, p in zip(means, _parts(self.example), strict=True)]
-            payload = pytree.tree_unflatten([v.to(dtype) for v, dtype in like[:n]], self.example.structure)
-            mean = Mean(payload, weight.reshape(()), report.view(self.cohort, -1)[:, -1].sum())
-            averaged = like[n : n + len(self.example.buffers)]
-            buffers = tuple((v if d.is_floating_point else v.round()).to(d) for v, d in averaged)
-        values = numbers[self.tail[-1] + 2 :].tolist()
-        return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0,
-                        dict(zip(extra, values, strict=True)), bool(numbers[self.tail[-1]] > 0))  # fmt: skip
-
-
-def _parts(chunk: Chunk) -> list[Tensor]:
-    return [*chunk.payload, *chunk.buffers, *chunk.extra.values()]
+    `reports` are this rank's, each with its clients' positions in the cohort of S. Every rank calls it once a round.
+    """
+    dtype, device = sums.weight.dtype, sums.weight.device
+    report = torch.zeros(cohort, len(REPORT), dtype=dtype, device=device)
+    if reports:
+        at = torch.from_numpy(np.concatenate([now for now, _ in reports])).to(device)
+        report[at] = torch.cat([rows for _, rows in reports]).to(dtype)
+    flag = torch.full((1,), float(stop), dtype=dtype, device=device)
+    sizes = like.sizes if like else []
+    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, flag, report.flatten()]))
+    *parts, weight, stopping, report = flat.split([*sizes, 1, 1, report.numel()])
+    scale = torch.where(weight > 0, 1 / weight, 0)
+    names = like.extra if like else ()
+    means = [part * scale for part in parts]
+    # Reading these numbers waits for the device.
+    numbers = torch.cat([report, stopping, weight, *means[len(means) - len(names) :]]).to("cpu", torch.float64).numpy()
+    rows, numbers = numbers[: report.numel()].reshape(cohort, len(REPORT)), numbers[report.numel() :]
+    loss, examples, gradients, high, low, finite = rows.T
+    mean, buffers = None, ()
+    if like and numbers[1] > 0:
+        shaped = [m.reshape(p.shape) for m, p in zip(means, (*like.payload, *like.buffers), strict=False)]
+        n = len(like.payload)
+        payload = [m.to(p.dtype) for m, p in zip(shaped[:n], like.payload, strict=True)]
+        clients = report.view(cohort, -1)[:, -1].sum()
+        mean = Mean(pytree.tree_unflatten(payload, like.structure), weight.reshape(()), clients)
+        buffers = tuple(
+            (m if b.is_floating_point() else m.round()).to(b.dtype)
+            for m, b in zip(shaped[n:], like.buffers, strict=True)
+        )
+    return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0,
+                    dict(zip(names, numbers[2:].tolist(), strict=True)), bool(numbers[0] > 0))  # fmt: skip

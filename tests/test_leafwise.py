@@ -1,0 +1,108 @@
+"""Passes over traced programs: vectors stay in pieces, products take the faster library, and the numbers stay."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vfl import matmul
+from vfl.leafwise import leafwise
+
+SIZES = [6, 1, 3]
+aten = torch.ops.aten
+
+
+def targets(module: torch.fx.GraphModule) -> list:
+    return [node.target for node in module.graph.nodes]
+
+
+def steps(x: torch.Tensor, h: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    """Three descent steps on ½‖a b‖² + ‖c‖⁴ with a shift h, as an algorithm writes them: on vectors."""
+    y = x
+    for _ in range(3):
+        a, b, c = y.split(SIZES, dim=-1)
+        g = torch.cat([a * b, (a * a).sum(-1, keepdim=True) * b, c**3], dim=-1)
+        y = torch.addcmul(y, g - h, lr, value=-1)
+    return y - x
+
+
+def both(function, *inputs: torch.Tensor) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """The traced program before and after the pass, which must give the same numbers."""
+    before = make_fx(function)(*inputs)
+    after = leafwise(make_fx(function)(*inputs), SIZES)
+    for wanted, found in zip(torch.utils._pytree.tree_leaves(before(*inputs)), torch.utils._pytree.tree_leaves(
+            after(*inputs)), strict=True):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    return before, after
+
+
+@pytest.mark.parametrize("shape", [(10,), (4, 10)])
+def test_local_steps_join_no_vector_until_the_message(shape):
+    x, h = torch.randn(2, *shape, dtype=torch.float64).unbind()
+    before, after = both(steps, x, h, torch.tensor(0.1, dtype=torch.float64))
+    assert targets(before).count(aten.cat.default) == 3
+    assert targets(after).count(aten.cat.default) == 1  # the result itself
+    assert targets(before).count(aten.split_with_sizes.default) == 3
+    assert targets(after).count(aten.split_with_sizes.default) == 2  # x and h
+
+
+def test_sums_along_and_across_the_vector_are_taken_by_pieces():
+    def function(x, lr):
+        moved = steps(x, x, lr)
+        weight = torch.arange(4.0, dtype=torch.float64)
+        return moved.sum(1), (weight[:, None] * moved).sum(0), moved.sum((0, 1)), moved.sum(1, keepdim=True)
+
+    _, after = both(function, torch.randn(4, 10, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64))
+    assert targets(after).count(aten.cat.default) == 1  # the weighted sum over the clients
+
+
+def test_what_needs_the_whole_vector_gets_it():
+    def function(x, lr):
+        y = steps(x, x, lr)
+        return (
+            y.norm(),
+            y.flip(0),
+            y.sort().values,
+            y[2:7],
+            y.view(2, 5),
+            y @ y,
+            (y * x).cumsum(0),
+            y[None].expand(3, 10),
+        )
+
+    both(function, torch.randn(10, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64))
+
+
+def test_a_cat_or_split_of_other_pieces_is_left_alone():
+    def function(x):
+        a, b = x.split([4, 6])
+        return torch.cat([b, a]) * 2
+
+    before, after = both(function, torch.randn(10, dtype=torch.float64))
+    assert targets(after) == targets(before)
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_by_onednn_is_the_product(transposed):
+    a, b = torch.randn(64, 200), torch.randn(200, 300)
+    if transposed:
+        a, b = torch.randn(200, 64).t(), torch.randn(300, 200).t()
+    torch.testing.assert_close(matmul.onednn_mm(a, b), (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_go_to_the_library_that_is_faster(faster, monkeypatch):
+    monkeypatch.setattr(
+        matmul, "_seconds", lambda product, a, b: 1.0 if (product is matmul.onednn_mm) == faster else 2.0
+    )
+    a, b, c = torch.randn(64, 200), torch.randn(200, 300), torch.randn(300)
+    graph = make_fx(lambda a, b, c: (a @ b, torch.addmm(c, a, b), a[:1] @ b))(a, b, c)
+    wanted = graph(a, b, c)
+    graph = matmul.faster_products(graph)
+    assert targets(graph).count(torch.ops.vfl.onednn_mm.default) == (2 if faster else 0)  # the small one stays
+    for found, want in zip(graph(a, b, c), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)

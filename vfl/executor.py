@@ -1,0 +1,144 @@
+"""The chunks of a round, each computed in the fastest way known."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfl.base import Tree, tree_map
+from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
+from vfl.execute import Added, Compiler, Problem, Shared, by_loop, by_vmap
+from vfl.queue import Queue, Slice
+from vfl.reduce import Layout, Results, Sums, add, layout, zeros
+from vfl.tuning import Execution, Mode, Tuner
+
+log = logging.getLogger("vfl")
+
+
+class Round:
+    """What the chunks of a round have left so far on this rank."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number  # of the round, from 1
+        self.sums: Sums | None = None
+        self.reports: list[tuple[np.ndarray, Tensor]] = []  # positions in the cohort [C], their reports [C, ...]
+        self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
+        self.chunk = 0  # the largest
+
+
+class Executor:
+    """Runs chunks, and learns what is fastest: vmap, a compiled program or a loop, and how many clients at once."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        execution: Execution,
+        chunk: int | None,
+        x: Tensor,
+        batch_bytes: int,
+        place: torch.device,
+    ) -> None:
+        model_bytes = x.numel() * x.element_size()
+        self.problem, self.device, self.place = problem, x.device, place
+        self.sum_dtype = torch.promote_types(problem.dtype, torch.float32)
+        # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
+        self.chunk = ChunkSize(chunk, 8 * model_bytes, self.device)
+        self.tuner = Tuner(execution, self.chunk)
+        self.compiler = Compiler(problem)
+        self.layout: Layout | None = None
+        self._vmap_works = False
+        self._compiled_chunk = chunk
+        if chunk is None and self.device.type == "cpu":
+            # What a step reads and writes should stay in a core's cache: model, gradient, new model and a minibatch.
+            self._compiled_chunk = max(cache_bytes() // (3 * model_bytes + batch_bytes), 1)
+
+    def run(self, queue: Queue, shared: Shared, round: Round) -> None:
+        """Computes the queue's next clients, fewer if memory runs out."""
+        while True:
+            mode = self.tuner.mode()
+            size = {"loop": 1, "vmap": None, "compile": self._compiled_chunk}[mode]
+            now = queue.peek(self.chunk.take(queue.alike, size))
+            before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
+            try:
+                ran, added = self._run(mode, now, shared, round)
+            except Exception as error:
+                if not out_of_memory(error) or not self.chunk.halve(len(now.ids)):
+                    raise
+                continue
+            queue.advance(len(now.ids))
+            self._keep(now, added, round)
+            if self.tuner.learning:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                steps, seconds = now.counts, time.perf_counter() - started
+                self.tuner.report(ran, now.signature, int(steps.sum()), int(steps[0]), seconds)
+                if ran == "vmap":
+                    self.chunk.report(len(now.ids), int(steps.sum()), seconds, before)
+            return
+
+    def learn_layout(self, queue: Queue, shared: Shared, round: Round) -> None:
+        """Learns from the next client what results look like, and adds nothing."""
+        self._eager("vmap", queue.peek(1), shared, round)
+
+    def no_sums(self) -> Sums:
+        """The sums over no client at all."""
+        sizes = self.layout.sizes if self.layout else []
+        return zeros(sizes, self.sum_dtype, self.device)
+
+    def _keep(self, now: Slice, added: Added, round: Round) -> None:
+        round.sums = added.sums
+        round.reports.append((now.now, added.report))
+        round.states.append((now.now, _to(added.clients, self.place)))
+        round.chunk = max(round.chunk, len(now.ids))
+
+    def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
+        """How the chunk was run in the end, and what it left."""
+        if mode == "compile" and (self.layout is None or not self.tuner.wants(now.signature)):
+            mode = "vmap"  # which also shows that nothing depends on a value
+        if mode == "compile":
+            try:
+                sums = round.sums or self.no_sums()
+                return mode, self.compiler.run(now.signature, now.bounds, shared, now.inputs, sums)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                mode = "vmap"
+                self.tuner.give_up("compile")
+                log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
+        mode, results = self._eager(mode, now, shared, round)
+        sums, report = add(round.sums or self.no_sums(), results, self.problem.drop)
+        return mode, Added(sums, report, results[1])
+
+    def _eager(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Results]:
+        if mode == "loop":
+            return mode, self._learnt(by_loop(self.problem, now.bounds, shared, now.inputs, now.ids, round.number))
+        try:
+            results = by_vmap(self.problem, now.bounds, shared, now.inputs)
+            self._vmap_works = True
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            _, results = self._eager("loop", now, shared, round)  # names the client if it fails there too
+            if self._vmap_works:
+                raise
+            mode = "loop"
+            self.tuner.give_up("vmap")
+            log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
+                        _first_line(error))  # fmt: skip
+        return mode, self._learnt(results)
+
+    def _learnt(self, results: Results) -> Results:
+        self.layout = self.layout or layout(results)
+        return results
+
+
+def _to(clients: Tree, place: torch.device) -> Tree:
+    return tree_map(lambda leaf: leaf.to(place), clients)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
