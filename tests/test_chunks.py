@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vfl.chunks import MEMORY_SHARE, ChunkSize, Memory, out_of_memory, parse_chunk
+from vfl.chunks import MEMORY_SHARE, SHORT, ChunkSize, Memory, out_of_memory, parse_chunk
 from vfl.errors import UsageError
 from vfl.queue import PADDING, alike
 
@@ -115,6 +115,14 @@ def test_while_growing_full_chunks_come_first_so_that_they_can_be_measured() -> 
 
 
 # Growing
+
+
+def test_growth_ends_when_the_cohorts_never_fill_a_chunk() -> None:
+    size = size_on(Machine())
+    for _ in range(SHORT):
+        assert not size.settled
+        size.report(10, 10, 0.001, 0)
+    assert size.settled and size.size == 16
 
 
 def test_a_given_size_is_kept() -> None:

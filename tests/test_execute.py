@@ -8,7 +8,7 @@ import torch
 from helpers import ALGORITHMS, assert_same, every_algorithm, federated, regression, run
 
 import vfl
-from vfl import execute
+from vfl import choices, execute
 from vfl.chunks import ChunkSize
 from vfl.tuning import SEEN, TRIES, Tuner
 
@@ -81,6 +81,12 @@ def tuner(steps_to_come: float) -> Tuner:
     return made
 
 
+def named(name: str, steps_to_come: float) -> Tuner:
+    made = Tuner("auto", ChunkSize(4, 1, CPU), name)
+    made.begin(steps_to_come)
+    return made
+
+
 @pytest.mark.parametrize("fastest", ["loop", "vmap", "compile"])
 def test_auto_ends_with_the_fastest(fastest):
     seconds = {"loop": 3.0, "vmap": 2.0, "compile": 2.5} | {fastest: 1.0}
@@ -130,3 +136,37 @@ def test_what_is_asked_for_is_what_runs():
 def test_round_metrics_say_how_it_ran():
     _, history = vfl.simulate(ALGORITHMS["fedavg"], regression(), federated(), 2, execution="loop", **OPTIONS)
     assert np.all([m["execution"] == "loop" for m in history])
+
+
+def test_a_run_starts_with_what_an_earlier_one_has_measured():
+    seconds = {"loop": 3.0, "vmap": 2.0, "compile": 1.0}
+    first = named("a", 1e9)
+    first.compiled(7.0)
+    assert played(first, seconds)[-1] == "compile"
+    assert set(played(named("a", 1e9), seconds)) == {"compile"}
+    assert set(played(named("a", 10.0), seconds)) == {"vmap"}  # whose steps would not repay a program
+    assert "loop" in played(named("b", 1e9), seconds)  # another kind of work
+
+
+def test_an_earlier_run_that_was_too_short_to_compile_leaves_that_to_the_next():
+    seconds = {"loop": 1.0, "vmap": 2.0, "compile": 0.1}
+    assert played(named("c", 0.0), seconds)[-1] == "loop"
+    modes = played(named("c", 1e9), seconds)
+    assert modes[0] == "loop" and modes[-1] == "compile"
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"d": {"chunk": "x"}}', '{"d": 3}'])
+def test_a_broken_file_of_timings_is_no_file(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
+    (tmp_path / "executions.json").write_text(text)
+    assert choices.recall("d") is None
+    choices.remember("d", choices.Choice(4, {"vmap": 2.0}, None))
+    assert choices.recall("d") == choices.Choice(4, {"vmap": 2.0}, None)
+
+
+def test_timings_are_kept_for_the_next_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, "vfl"):
+            vfl.simulate(ALGORITHMS["fedavg"], regression(), federated(), 40, clients_per_round=6, batch_size=3)
+    assert sum("by an earlier run's timings" in r.getMessage() for r in caplog.records) == 1

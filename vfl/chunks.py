@@ -13,6 +13,7 @@ from vfl.errors import UsageError
 log = logging.getLogger("vfl")
 
 MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
+SHORT = 6  # so many chunks without a full one end the growth
 WORTH = 1.05  # a doubled chunk must be this much faster to be kept
 
 
@@ -68,6 +69,7 @@ class ChunkSize:
         free = self.memory.free()
         first = 16 if free is None else int(min(max(MEMORY_SHARE * free / client_bytes, 1), 16))
         self.size = wanted or first
+        self._short = 0  # chunks since the last full one
         self._best = (0.0, self.size)  # (local steps a second, size)
 
     def take(self, alike: int, size: int | None = None) -> int:
@@ -79,8 +81,14 @@ class ChunkSize:
 
     def report(self, clients: int, steps: int, seconds: float, before: int | None) -> None:
         """Learns from a finished chunk; `before` is the memory in use when it started."""
-        if self.settled or clients < self.size:
+        if self.settled:
             return
+        if clients < self.size:  # the cohorts may never fill it
+            self._short += 1
+            if self._short == SHORT:
+                self._settle(self.size)
+            return
+        self._short = 0
         rate = steps / seconds
         if rate < WORTH * self._best[0]:
             self._settle(self._best[1])
@@ -94,6 +102,11 @@ class ChunkSize:
                 self._settle(clients)
                 return
         self.size = 2 * clients
+
+    def keep(self, size: int) -> None:
+        """Takes a size that an earlier run has found."""
+        if not self.settled:
+            self.size, self.settled = size, True
 
     def halve(self, clients: int) -> bool:
         """After running out of memory with so many clients: False when there is nothing left to halve."""

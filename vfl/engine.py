@@ -82,7 +82,10 @@ class Engine:
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop)
-        self.executor = Executor(problem, execution, parse_chunk(chunk), task.x, self._batch_bytes(), self.place)
+        kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world}"
+        self.executor = Executor(
+            problem, execution, parse_chunk(chunk), task.x, self.place, batch_bytes=self._batch_bytes(), work=kind
+        )
 
     def init(self, seed: int) -> State:
         """The state before the first round."""
@@ -114,7 +117,7 @@ class Engine:
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
         keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
         counts = self.work.counts(self.data.clients.sizes(cohort.ids))  # [S]
-        self.executor.tuner.steps_to_come = float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1)
+        self.executor.tuner.begin(float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1))
         mine, owners = self._share(state.store, cohort.ids, counts)
         shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1)
         queue = self._queue(state, cohort, counts, keys, mine)

@@ -134,6 +134,9 @@ class Compiler:
         self.problem = problem
         self._programs: dict[Hashable, Callable[[Shared, Inputs, Sums], Added]] = {}
 
+    def __len__(self) -> int:
+        return len(self._programs)
+
     def run(self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums) -> Added:
         """The chunk by the program for its shape, which the first such chunk compiles."""
         if signature not in self._programs:

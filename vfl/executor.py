@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import platform
 import time
 
 import numpy as np
@@ -39,15 +41,17 @@ class Executor:
         execution: Execution,
         chunk: int | None,
         x: Tensor,
-        batch_bytes: int,
         place: torch.device,
+        *,
+        batch_bytes: int,
+        work: str,
     ) -> None:
         model_bytes = x.numel() * x.element_size()
         self.problem, self.device, self.place = problem, x.device, place
         self.sum_dtype = torch.promote_types(problem.dtype, torch.float32)
         # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
         self.chunk = ChunkSize(chunk, 8 * model_bytes, self.device)
-        self.tuner = Tuner(execution, self.chunk)
+        self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None)
         self.compiler = Compiler(problem)
         self.layout: Layout | None = None
         self._vmap_works = False
@@ -84,6 +88,14 @@ class Executor:
         """Learns from the next client what results look like, and adds nothing."""
         self._eager("vmap", queue.peek(1), shared, round)
 
+    def _name(self, work: str) -> str:
+        """What timings are good for: this algorithm on such a model, such work and this device."""
+        update = self.problem.algorithm.client_update
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        parts = (getattr(update, "__module__", ""), self.problem.sizes, self.problem.dtype, work, device,
+                 torch.get_num_threads(), torch.__version__)  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def no_sums(self) -> Sums:
         """The sums over no client at all."""
         sizes = self.layout.sizes if self.layout else []
@@ -101,8 +113,12 @@ class Executor:
             mode = "vmap"  # which also shows that nothing depends on a value
         if mode == "compile":
             try:
+                known, started = len(self.compiler), time.perf_counter()
                 sums = round.sums or self.no_sums()
-                return mode, self.compiler.run(now.signature, now.bounds, shared, now.inputs, sums)
+                added = self.compiler.run(now.signature, now.bounds, shared, now.inputs, sums)
+                if len(self.compiler) > known:
+                    self.tuner.compiled(time.perf_counter() - started)
+                return mode, added
             except Exception as error:
                 if out_of_memory(error):
                     raise
