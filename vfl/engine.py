@@ -24,6 +24,7 @@ from vfl.errors import DivergedError, UsageError
 from vfl.execute import Problem, Shared
 from vfl.executor import Executor, Round
 from vfl.local import Work
+from vfl.profiling import Clock
 from vfl.queue import Clients, Queue
 from vfl.reduce import reduce
 from vfl.samplers import Amount, Cohort, Sampler, sampler
@@ -72,6 +73,7 @@ class Engine:
         chunk: int | str | None = "auto",
         client_state: Literal["device", "host"] = "device",
         on_nonfinite: Literal["stop", "drop"] = "stop",
+        profile: bool = False,
         ranks: Ranks = Ranks(),
     ) -> None:
         work.check()
@@ -81,6 +83,7 @@ class Engine:
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
+        self.clock = Clock(profile, self.device)
         problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop)
         kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world}"
         self.executor = Executor(
@@ -113,7 +116,8 @@ class Engine:
                 f"{state.store.round}; go on from the newest state or from a checkpoint"
             )
         cohort_key, client_key, server_key, sent_key = random.split(random.fold_in(state.key, state.round), 4)
-        cohort = self.sampler.draw(cohort_key)
+        with self.clock("sampling"):
+            cohort = self.sampler.draw(cohort_key)
         sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
         keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
         counts = self.work.counts(self.data.clients.sizes(cohort.ids))  # [S]
@@ -121,24 +125,28 @@ class Engine:
         mine, owners = self._share(state.store, cohort.ids, counts)
         shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1)
         queue = self._queue(state, cohort, counts, keys, mine)
-        while queue.left:
-            self.executor.run(queue, shared, played)
+        with self.clock("clients"):
+            while queue.left:
+                self.executor.run(queue, shared, played)
         if counts.any() and self.executor.layout is None:  # more ranks than clients: learn it from one of the others
             self.executor.learn_layout(
                 self._queue(state, cohort, counts, keys, np.array([counts.argmax()])), shared, played
             )
         sums = played.sums or self.executor.no_sums()
-        received = reduce(self.executor.layout, sums, played.reports, len(cohort.ids), self.ranks, stop())
+        with self.clock("reduction"):
+            received = reduce(self.executor.layout, sums, played.reports, len(cohort.ids), self.ranks, stop())
         bad = (counts > 0) & ~received.finite
         if bad.any() and not self.drop:
             raise DivergedError(state.round + 1, np.unique(cohort.ids[bad]).tolist())
         server, reported = state.server, {}
         if received.mean is not None:
-            server, reported = self.algorithm.server_update(server, received.mean, server_key.to(self.device))
+            with self.clock("server"):
+                server, reported = self.algorithm.server_update(server, received.mean, server_key.to(self.device))
             if not bool(torch.isfinite(server.x.sum())):
                 raise DivergedError(state.round + 1, [])
-        for now, clients in played.states:
-            state.store.scatter(cohort.ids[now], clients, torch.from_numpy(received.finite[now]))
+        with self.clock("states"):
+            for now, clients in played.states:
+                state.store.scatter(cohort.ids[now], clients, torch.from_numpy(received.finite[now]))
         state.store.owners.update(owners)
         state.store.round = state.round + 1
         good, before = received.finite, state.totals
@@ -160,6 +168,7 @@ class Engine:
             "chunk": played.chunk,
             "execution": self.executor.tuner.mode(),
             "seconds": time.perf_counter() - started,
+            **self.clock.read(),
             "stopping": received.stopping,
         }
         return after, metrics
@@ -183,4 +192,4 @@ class Engine:
         factor = torch.tensor(cohort.factor[mine], dtype=self.dtype, device=device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
         clients = Clients(mine, ids, counts[mine], starts, sizes, keys[mine].to(device), factor)
-        return Queue(self.work, clients, state.buffers, lambda some: state.store.gather(some, device))
+        return Queue(self.work, clients, state.buffers, lambda some: state.store.gather(some, device), self.clock)

@@ -16,6 +16,7 @@ from vfl import random
 from vfl.base import Tree
 from vfl.execute import Bounds, Inputs
 from vfl.local import Minibatches, Work, minibatches
+from vfl.profiling import Clock
 
 PADDING = 0.5  # clients with fewer steps than this share of the longest one's are not computed beside it
 GROUP = 2**20  # visits of examples whose order is drawn at once
@@ -57,9 +58,14 @@ class Queue:
     """Hands out slices of like clients; their minibatches are drawn for a whole group at once."""
 
     def __init__(
-        self, work: Work, clients: Clients, buffers: tuple[Tensor, ...], states: Callable[[np.ndarray], Tree]
+        self,
+        work: Work,
+        clients: Clients,
+        buffers: tuple[Tensor, ...],
+        states: Callable[[np.ndarray], Tree],
+        clock: Clock,
     ) -> None:
-        self.work, self.clients, self.buffers, self.states = work, clients, buffers, states
+        self.work, self.clients, self.buffers, self.states, self.clock = work, clients, buffers, states, clock
         self.done = 0  # clients handed out
         self._group: tuple[int, int, Minibatches, Tensor, Tensor] | None = None  # from, to, and what each client has
 
@@ -75,6 +81,10 @@ class Queue:
 
     def peek(self, count: int) -> Slice:
         """The next `count` clients, which must be alike; `advance` takes them out."""
+        with self.clock("data"):
+            return self._peek(count)
+
+    def _peek(self, count: int) -> Slice:
         c, first, last = self.clients, self.done, self.done + count
         begin, _, plan, starts, sizes = self._drawn(first, last, count)
         of, at = slice(first, last), slice(first - begin, last - begin)

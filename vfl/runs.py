@@ -18,8 +18,8 @@ from torch import Tensor
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
 
-CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES = FILES = (
-    "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "curves.png",
+CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, TRACE = FILES = (
+    "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "curves.png", "trace.json",
 )  # fmt: skip
 LAUNCH = ".launch"
 

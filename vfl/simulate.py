@@ -54,10 +54,11 @@ def rounds(
     """Plays rounds and yields (state, metrics) after each, until `rounds` are done or `stop()` is true on some rank.
 
     `state` continues an earlier run; every other keyword goes to `vfl.Engine` (clients_per_round, sampling, execution,
-    chunk, client_state, on_nonfinite, ranks). Metrics, by name: `round`; `train_loss` (mean over the examples that the
-    clients visited); `test_loss`, `test_accuracy` and the like where evaluated; `bits_up`, `bits_down`, `gradients`
-    (sample-gradients): cumulative; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
-    evaluation; `chunk` and `execution` as chosen. Raises UsageError, DivergedError, ClientError.
+    chunk, client_state, on_nonfinite, profile, ranks). Metrics, by name: `round`; `train_loss` (mean over the examples
+    that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated; `bits_up`, `bits_down`,
+    `gradients` (sample-gradients): cumulative; `clients` in the cohort; `dropped` for NaN; `seconds` of this round
+    without evaluation; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the phases of
+    `vfl.profiling`. Raises UsageError, DivergedError, ClientError.
     """
     player = make_engine(
         algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
@@ -95,7 +96,10 @@ def play(
         state, metrics = engine.play(state, rounds, stop)
         stopping = metrics.pop("stopping")
         last = stopping or state.round == rounds
-        yield state, metrics | scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
+        with engine.clock("evaluation"):
+            found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
+        evaluating = {name: seconds for name, seconds in engine.clock.read().items() if seconds}
+        yield state, metrics | evaluating | found
         if stopping:
             return
 

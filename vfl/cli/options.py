@@ -82,6 +82,8 @@ class RunOptions:
     """Go on from the newest checkpoint in --out; options not given are those of the run there."""
     overwrite: bool = False
     """Replace the run that lies in --out."""
+    profile: bool = False
+    """Show where the rounds' time goes, and write a trace of three of them to the run's folder (chrome://tracing)."""
     quiet: bool = False
     """Print errors only."""
     config: Annotated[Path | None, _default("none")] = None
@@ -122,7 +124,7 @@ _MANY = 2**31  # more than anyone means, and the product of two still fits into 
 
 
 # They say where a run lies and who is told, not what it is.
-ABOUT_THE_CALL = {"out", "resume", "overwrite", "quiet", "config"}
+ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config"}
 # They do not change the results, so a resumed run may change them.
 NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "client_eval_every",
            "checkpoint_every", "keep"}  # fmt: skip

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from vfl import checkpoint, runs
@@ -27,6 +28,7 @@ from vfl.distributed import Ranks, launched, local_device
 from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.models import model
+from vfl.profiling import summary, traced
 from vfl.simulate import Evaluation, make_engine, play
 from vfl.task import Loss, Task, cross_entropy, squared_error, task
 
@@ -53,7 +55,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         algorithm, learning, data, batch_size=options.examples_per_batch(), local_epochs=options.local_epochs,
         local_steps=options.local_steps, clients_per_round=options.clients_per_round, sampling=options.sampling,
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
-        on_nonfinite=options.on_nonfinite, ranks=ranks,
+        on_nonfinite=options.on_nonfinite, profile=options.profile, ranks=ranks,
     )  # fmt: skip
     folder, start = _open(call, engine.init(options.seed), device, ranks)
     state = start
@@ -73,6 +75,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         _signals() as signalled,
         _recording(folder, start.round, ranks) as record,
         progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
+        traced(folder / runs.TRACE if options.profile and ranks.first else None) as step,
     ):
         if start.round:
             log.warning("going on from round %d of %s", start.round, folder)
@@ -80,6 +83,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
             for state, metrics in play(engine, start, options.rounds, evaluation=when, stop=lambda: bool(signalled())):
                 record(metrics)
                 show(metrics)
+                step()
                 if options.checkpoint_every and state.round % options.checkpoint_every == 0:
                     save()
         except Exception as error:
@@ -240,6 +244,8 @@ def _report(call: Call, folder: Path, done: int) -> None:
     scores = {k: v for row in history for k, v in row.items() if k.startswith("test_") and v is not None}
     parts = [f"{k.replace('_', ' ')} {v:.2%}" if "accuracy" in k else f"{k.replace('_', ' ')} {v:.4f}"
              for k, v in scores.items()]  # fmt: skip
+    if call.options.profile:
+        Console().print(summary(history))
     seconds = sum(row["seconds"] for row in history)
     ended = "interrupted" if done < wanted else "done"
     print(f"{ended} after round {done} of {wanted}: {', '.join(parts) or 'no test set'}; {seconds:.1f} s of training")
