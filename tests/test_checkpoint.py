@@ -355,7 +355,7 @@ def test_ctrl_c_again_later_stops_at_once_and_the_run_goes_on_from_its_newest_ch
             self.now += 3600
             return self.now
 
-    monkeypatch.setattr("vfl.cli.run.time", Hours())
+    monkeypatch.setattr("vfl.cli.signals.time", Hours())
     Path("signalling.py").write_text(SIGNALLING.replace("TIMES", "2"))
     options = ("fedavg", *SMALL, "--model", "signalling:Net", "--checkpoint-every", 1)
     assert vfl(*options, "--rounds", 5, "--out", "run", "--quiet") == 130

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from vfl.errors import UsageError
+from vfl.chunks import out_of_memory
+from vfl.errors import RankLostError, UsageError
 
 
 class Ranks(NamedTuple):
-    """This process among all of the run's."""
+    """This process among all of the run's. Its collectives raise RankLostError when another one is gone."""
 
     rank: int = 0
     world: int = 1
@@ -31,7 +32,8 @@ class Ranks(NamedTuple):
     def all_reduce(self, flat: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
         return flat
 
     def gather(self, rows: Tensor, device: torch.device) -> list[Tensor]:
@@ -40,21 +42,37 @@ class Ranks(NamedTuple):
             return [rows.cpu()]
         count = torch.tensor([len(rows)], device=device)
         counts = [torch.zeros_like(count) for _ in range(self.world)]
-        dist.all_gather(counts, count)
-        if not self.first:
-            dist.send(rows.to(device).contiguous(), 0)
-            return []
-        received = [rows.cpu()]
-        for rank, n in enumerate(counts[1:], 1):
-            part = torch.empty((int(n), *rows.shape[1:]), dtype=rows.dtype, device=device)
-            dist.recv(part, rank)
-            received.append(part.cpu())
-        return received
+        with _together():
+            dist.all_gather(counts, count)
+            if not self.first:
+                dist.send(rows.to(device).contiguous(), 0)
+                return []
+            received = [rows.cpu()]
+            for rank, n in enumerate(counts[1:], 1):
+                part = torch.empty((int(n), *rows.shape[1:]), dtype=rows.dtype, device=device)
+                dist.recv(part, rank)
+                received.append(part.cpu())
+            return received
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # What torch raises differs between backends and versions; but a collective of tensors that are alike on every
+        # rank has one way to fail.
+        if out_of_memory(error):
+            raise
+        said = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip())  # without the place in torch's source
+        first = re.split(r"\.\s|\n", said)[0]
+        raise RankLostError(f"another rank is gone ({first})") from error
 
 
 def local_rank() -> int:
@@ -64,7 +82,7 @@ def local_rank() -> int:
 
 @contextlib.contextmanager
 def launched(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun (or SLURM with its variables) started; a run of its own without one."""
+    """The ranks that `--ranks` or torchrun (or SLURM with its variables) started; a run of its own without them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return

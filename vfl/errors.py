@@ -30,6 +30,10 @@ class ClientError(RuntimeError):
         super().__init__(f"client {client}, round {round}: {type(cause).__name__}: {cause}")
 
 
+class RankLostError(RuntimeError):
+    """The run cannot go on because another rank has ended; the message is one sentence."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table, with the nearest known one."""
     known = sorted(known)

@@ -7,8 +7,9 @@ import traceback
 from collections.abc import Sequence
 
 from vfl.chunks import out_of_memory
+from vfl.cli.launch import RANK_LOST
 from vfl.distributed import local_rank
-from vfl.errors import ClientError, DivergedError, UsageError, unknown
+from vfl.errors import ClientError, DivergedError, RankLostError, UsageError, unknown
 
 USAGE = """\
 vfl: federated-learning simulation
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: list[str]) -> int:
     """Runs a command. The code is 0 when it is done, 1 for a run that diverged, failed in a client or ran out of
-    memory, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
+    memory, 2 for bad input, 3 when a rank was lost, 130 after Ctrl-C and 143 after SIGTERM."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -53,6 +54,10 @@ def _main(argv: list[str]) -> int:
         traceback.print_exception(error.__cause__)
         _say(str(error))
         return 1
+    except RankLostError as error:
+        if local_rank() == 0:
+            _say(str(error))
+        return RANK_LOST
     except KeyboardInterrupt:
         _say("stopped; a run goes on from its newest checkpoint with --resume")
         return 130

@@ -57,6 +57,8 @@ class RunOptions:
     """Seed of every random draw: data split, model, cohorts, minibatches. A whole number from 0."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
+    ranks: str = "1"
+    """Processes on this machine that share each round's clients: a count, or auto (one a GPU, else one a core)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type of the model and the training."""
     execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
@@ -104,27 +106,39 @@ class RunOptions:
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
         self.examples_per_batch()
+        self.wanted_ranks()
 
     def examples_per_batch(self) -> int | None:
         """The batch size as a number; None: all of a client's examples."""
-        if self.batch_size == "all":
-            return None
-        try:
-            size = int(self.batch_size)
-        except ValueError:
-            size = 0
-        if not 1 <= size < _MANY:
-            raise UsageError(f"--batch-size must be all or a whole number from 1, not {self.batch_size!r}")
-        return size
+        return _count("batch_size", self.batch_size, "all", _MANY - 1)
+
+    def wanted_ranks(self) -> int | None:
+        """The number of ranks; None: auto."""
+        return _count("ranks", self.ranks, "auto", _MOST_RANKS)
 
 
 _LEAST = {"rounds": 1, "local_epochs": 1, "local_steps": 1, "clients": 1, "keep": 1,
           "eval_every": 0, "client_eval_every": 0, "checkpoint_every": 0}  # fmt: skip
 _MANY = 2**31  # more than anyone means, and the product of two still fits into 63 bits
+_MOST_RANKS = 1024  # a slip of the finger must not start more processes than a machine can hold
 
 
-# They say where a run lies and who is told, not what it is.
-ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config"}
+def _count(name: str, text: str, word: str, most: int) -> int | None:
+    """A value that is this word (None) or a whole number from 1 to `most`."""
+    if text == word:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= most:
+        bound = "from 1" if number < 1 else f"up to {most}"
+        raise UsageError(f"{flag(name)} must be {word} or a whole number {bound}, not {text!r}")
+    return number
+
+
+# They say where a run lies, who computes it and who is told, not what it is.
+ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks"}
 # They do not change the results, so a resumed run may change them.
 NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "client_eval_every",
            "checkpoint_every", "keep"}  # fmt: skip

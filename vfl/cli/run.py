@@ -9,11 +9,9 @@ import shlex
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +19,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from vfl import checkpoint, runs
+from vfl.cli.launch import follow_launcher, launch, rank_count
 from vfl.cli.options import Call, parse_run
+from vfl.cli.signals import first_signal
 from vfl.data import FederatedData, federated
 from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
@@ -38,6 +38,10 @@ log = logging.getLogger("vfl")
 def run(argv: Sequence[str]) -> int:
     """Runs the experiment that the arguments after `vfl run` describe; the exit code."""
     call = parse_run(argv)
+    count = rank_count(call.options.wanted_ranks(), call.options.device)
+    if count > 1:
+        return launch(argv, count)
+    follow_launcher()
     device = local_device(call.options.device)
     with launched(device) as ranks:
         return _run(call, device, ranks)
@@ -65,6 +69,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     def save() -> None:
         checkpoint.save(folder, state, call.fingerprint(), options.keep, ranks)
 
+    def say() -> None:
+        log.warning("finishing this round, then saving; Ctrl-C again to stop now, without saving")
+
     def finish() -> None:
         save()
         if ranks.first:
@@ -72,7 +79,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
             runs.write_tensors(folder / runs.MODEL, learning.state_dict(state.server.x, state.buffers), about)
 
     with (
-        _signals() as signalled,
+        first_signal(say) as signalled,
         _recording(folder, start.round, ranks) as record,
         progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
         traced(folder / runs.TRACE if options.profile and ranks.first else None) as step,
@@ -192,30 +199,6 @@ def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
 def _first(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int | None]]:
-    """Ctrl-C and SIGTERM let the round finish, so that it can be saved; again after two seconds, Ctrl-C means now.
-
-    Yields a function that tells which signal came first.
-    """
-    received: list[tuple[int, float]] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        # torchrun passes a terminal's Ctrl-C on a second time, at once.
-        if received and number == signal.SIGINT and time.monotonic() - received[0][1] > 2:
-            raise KeyboardInterrupt
-        if not received:
-            log.warning("finishing this round, then saving; Ctrl-C again to stop now, without saving")
-        received.append((number, time.monotonic()))
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0][0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
