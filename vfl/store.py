@@ -35,11 +35,15 @@ class Store:
         """The states of these clients, stacked [len(ids), ...], on the device."""
         if self.empty:
             return self.template
-        at = torch.tensor([self.row.get(i, -1) for i in ids.tolist()], dtype=torch.int64, device=self.place)
+        at = np.array([self.row.get(i, -1) for i in ids.tolist()], dtype=np.int64)
+        known, new = (torch.from_numpy(a).to(self.place) for a in (at.clip(0), np.flatnonzero(at < 0)))
         stacked = []
         for rows, first in zip(self._rows, leaves(self.template), strict=True):
-            taken = first.expand(len(ids), *first.shape).clone()
-            taken[at >= 0] = rows[at[at >= 0]]
+            if len(new) == len(ids):
+                taken = first.expand(len(ids), *first.shape).clone()
+            else:  # states may be as large as the memory allows: one pass over them, no masked copy of a copy
+                taken = rows.index_select(0, known)
+                taken[new] = first
             stacked.append(taken.to(device))
         return pytree.tree_unflatten(stacked, pytree.tree_structure(self.template))
 
@@ -47,14 +51,15 @@ class Store:
         """Writes the states [len(ids), ...] of the clients for which keep [len(ids)] is true."""
         if self.empty or not len(ids):
             return
-        kept = keep.to(self.place)
-        ids = ids[kept.cpu().numpy()]
+        positions = np.flatnonzero(keep.cpu().numpy())
+        kept, everyone, ids = torch.from_numpy(positions).to(self.place), len(positions) == len(ids), ids[positions]
         for i in ids.tolist():
             self.row.setdefault(i, len(self.row))
         self._reserve(len(self.row))
         at = torch.tensor([self.row[i] for i in ids.tolist()], dtype=torch.int64, device=self.place)
         for rows, new in zip(self._rows, leaves(states), strict=True):
-            rows[at] = new.detach().to(self.place)[kept]
+            placed = new.detach().to(self.place)
+            rows.index_copy_(0, at, placed if everyone else placed[kept])
 
     def rows(self) -> tuple[np.ndarray, list[Tensor]]:
         """The ids [R] that have a row on this rank, ascending, and their leaves [R, ...]."""
