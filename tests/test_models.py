@@ -79,7 +79,7 @@ def test_vmapped_gradients_equal_a_loop(spec: str, shape: tuple[int, ...]) -> No
             torch.testing.assert_close(mapped[name][i], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", list(MODELS))
+@pytest.mark.parametrize("spec", [name for name in MODELS if name != "linear"])
 def test_the_same_seed_draws_the_same_parameters(spec: str) -> None:
     made = []
     for seed in (1, 1, 2):
@@ -89,13 +89,25 @@ def test_the_same_seed_draws_the_same_parameters(spec: str) -> None:
     assert not torch.equal(made[0], made[2])
 
 
+@pytest.mark.parametrize("classes", [0, 1, 2])
+def test_linear_is_one_vector_that_starts_at_zero(classes: int) -> None:
+    module = model("linear", (2, 3), classes)
+    (x,) = module.parameters()
+    assert x.numel() == 6 and not x.any()
+    with torch.no_grad():
+        x.copy_(torch.arange(6.0).reshape(x.shape))
+    a = torch.randn(4, 2, 3)
+    torch.testing.assert_close(module(a), a.flatten(1) @ torch.arange(6.0)[:, None])
+
+
 @pytest.mark.parametrize(
     ("spec", "shape", "says"),
     [
         ("mpl:200", (4,), "unknown model 'mpl'; did you mean 'mlp'?"),
-        ("transformer", (4,), "known: cnn, lenet, mlp, softmax"),
+        ("transformer", (4,), "known: cnn, lenet, linear, mlp, softmax"),
         ("mlp:0", (4,), "mlp: every layer must have at least 1 unit, not 0"),
         ("mlp:wide", (4,), "expected mlp[:SIZES,…], where sizes is a whole number, not 'wide'"),
+        ("linear", (4,), "linear: has one output, for regression or two classes, not for 10; take softmax"),
         ("softmax:3", (4,), "expected softmax, which takes no unnamed values, not 1"),
         ("cnn", (784,), "cnn: needs images [channels, height, width], not inputs of shape [784]"),
         ("cnn", (1, 3, 8), "cnn: needs images of at least 4×4 pixels, not 3×8"),
@@ -150,7 +162,7 @@ def test_a_model_by_import_path_comes_from_its_factory(zoo: None, factory: str, 
     [
         (
             "vfl_nowhere:make",
-            "no module named 'vfl_nowhere' can be imported, nor is it one of softmax, mlp, cnn, lenet",
+            "no module named 'vfl_nowhere' can be imported, nor is it one of linear, softmax, mlp, cnn, lenet",
         ),
         ("vfl_zoo.nowhere:make", "no module named 'vfl_zoo.nowhere'"),
         ("vfl_zoo.lacking:make", "importing vfl_zoo.lacking failed: ModuleNotFoundError: No module named 'vfl_no_such"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn import functional
 from vfl.errors import UsageError
 from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
 from vfl.slots import Stateless
+
+if TYPE_CHECKING:
+    from vfl.problems import LinearProblem
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs [B, ...], targets [B, ...]) → one loss an example [B]."""
@@ -53,6 +56,7 @@ class Task(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # and their shapes
     buffer_names: tuple[str, ...]
     saved: Mapping[str, str | Tensor]  # state dict entry → the parameter or buffer it holds, or a constant
+    problem: LinearProblem | None = None  # what theory knows about the objective on the run's data
 
     @property
     def sizes(self) -> list[int]:
@@ -81,6 +85,11 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return _by_example(losses, targets).mean(1)
 
 
+def logistic(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Logistic loss an example [B], in nats: log(1 + e^−z) for the label 1 and log(1 + e^z) for 0, z [B, 1] or [B]."""
+    return -functional.logsigmoid((2 * targets - 1) * outputs.reshape(targets.shape))
+
+
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error an example [B], summed over the outputs."""
     return 0.5 * _by_example((outputs - targets.reshape(outputs.shape)).square(), outputs).sum(1)
@@ -89,6 +98,12 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """1 where the largest output is the target's [B]; the share of positions for sequences [B, T]."""
     return _by_example((outputs.argmax(-1) == targets).to(outputs.dtype), targets).mean(1)
+
+
+def binary_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 where one output z [B, 1] or [B] is above 0 for the label 1, and not for 0 [B]."""
+    z = outputs.reshape(targets.shape)
+    return ((z > 0) == (targets > 0)).to(z.dtype)
 
 
 def _by_example(values: Tensor, like: Tensor) -> Tensor:
@@ -101,18 +116,25 @@ def task(
     loss: Loss = cross_entropy,
     metrics: Mapping[str, Loss] | None = None,
     *,
+    regularizer: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
 ) -> Task:
     """A task from any module and any loss; the module itself is copied and left alone.
 
-    `metrics` are evaluated beside the loss, one value an example; the default is accuracy under cross-entropy.
+    `metrics` are evaluated beside the loss, one value an example; the default is accuracy under cross-entropy and under
+    the logistic loss. A `regularizer` r(x) of the parameters x [D] is part of every example's loss, and so of the mean
+    loss and gradient of any minibatch, of a client's and of a test set's loss: once, however many examples there are.
+    With `compute`, such as torch.bfloat16, the layers that gain by it compute in that dtype (`torch.autocast`), while
+    parameters, gradients, losses and all sums stay in `dtype`.
     Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
     draws from the batch's key. Raises UsageError for a module with nothing to train, and `grad_fn` and `evaluate` raise
     it for a loss or a metric that is not one value an example.
     """
     if metrics is None:
-        metrics = {"accuracy": accuracy} if loss is cross_entropy else {}
+        known = accuracy if loss is cross_entropy else binary_accuracy if loss is logistic else None
+        metrics = {"accuracy": known} if known else {}
     module = functionalize(copy.deepcopy(module)).to(device, dtype).train()
     frozen = copy.deepcopy(module).eval()
     trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
@@ -133,7 +155,13 @@ def task(
         # Layers may write buffers in place, which vmap allows only on tensors of its own.
         state = {n: b.clone() for n, b in zip(buffer_names, buffers, strict=True)}
         injected = dict.fromkeys(masks, batch.mask) | dict.fromkeys(keys, batch.key)
-        outputs, left = net(parameters | state | injected, batch.x)
+        if compute is None:
+            outputs, left = net(parameters | state | injected, batch.x)
+        else:
+            # The cache would keep casts of one gradient's parameters for another's.
+            with torch.autocast(x0.device.type, compute, cache_enabled=False):
+                outputs, left = net(parameters | state | injected, batch.x)
+            outputs = outputs.to(x0.dtype)
         return outputs, tuple(left[n].detach() for n in buffer_names)
 
     def each(name: str, function: Loss, outputs: Tensor, batch: Batch) -> Tensor:
@@ -143,9 +171,15 @@ def task(
             raise UsageError(f"{name} must be one value an example, {wanted}, not {got}; reduction='none' may give it")
         return values
 
+    def losses(parameters: dict[str, Tensor], outputs: Tensor, batch: Batch) -> Tensor:
+        values = each("loss", loss, outputs, batch)
+        if regularizer is None:
+            return values
+        return values + regularizer(torch.cat([p.reshape(-1) for p in parameters.values()]))
+
     def mean_loss(parameters: dict[str, Tensor], batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
         outputs, after = forward(training, parameters, batch, buffers)
-        total = torch.where(batch.mask, each("loss", loss, outputs, batch), 0).sum()
+        total = torch.where(batch.mask, losses(parameters, outputs, batch), 0).sum()
         examples = batch.mask.sum()
         return total / examples.clamp(min=1), Aux(total.detach(), examples, after)
 
@@ -162,8 +196,10 @@ def task(
         return torch.cat([piece.reshape(-1) for piece in pieces]), aux
 
     def evaluate(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        outputs, _ = forward(evaluating, made.parameters(x), batch, buffers)
-        return {name: each(name, f, outputs, batch) for name, f in {"loss": loss, **metrics}.items()}
+        parameters = made.parameters(x)
+        outputs, _ = forward(evaluating, parameters, batch, buffers)
+        values = {name: each(name, f, outputs, batch) for name, f in metrics.items()}
+        return {"loss": losses(parameters, outputs, batch)} | values
 
     buffer_names = tuple(buffers)
     training, evaluating = (Stateless(net, [*names, *buffer_names, *masks, *keys]) for net in (module, frozen))

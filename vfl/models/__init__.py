@@ -9,10 +9,16 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from vfl.errors import UsageError
-from vfl.models.classic import cnn, lenet, mlp, softmax
+from vfl.models.classic import cnn, lenet, linear, mlp, softmax
 from vfl.spec import resolve
 
-MODELS: Mapping[str, Callable[..., nn.Module]] = {"softmax": softmax, "mlp": mlp, "cnn": cnn, "lenet": lenet}
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "softmax": softmax,
+    "mlp": mlp,
+    "cnn": cnn,
+    "lenet": lenet,
+}
 """Factories (…spec arguments…, *, input_shape, classes) → module."""
 
 

@@ -12,6 +12,15 @@ from torch import nn
 from vfl.errors import UsageError
 
 
+def linear(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """x ↦ aᵀx on the flattened input a: one output without bias, for regression and two classes; starts at x = 0."""
+    if classes > 2:
+        raise UsageError(f"linear: has one output, for regression or two classes, not for {classes}; take softmax")
+    layer = nn.Linear(math.prod(input_shape), 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
 def softmax(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Multinomial logistic regression: one linear layer on the flattened input; 7,850 parameters for 784 → 10."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), _outputs(classes)))
