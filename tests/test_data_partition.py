@@ -14,6 +14,7 @@ from vfl.errors import UsageError
 M, N, CLASSES = 2003, 20, 10
 Y = np.random.default_rng(0).integers(0, CLASSES, M)
 USERS = np.random.default_rng(1).permutation(np.repeat(np.arange(N) * 7, np.arange(N) * 10 + 6)[:M])
+FIXED = ["sorted", "rows"]
 DRAWN = ["iid", "dirichlet:0.3", "dirichlet:0.3,min=5", "shards:2", "labels:2", "lognormal:1", "powerlaw:1.5"]
 
 
@@ -36,11 +37,11 @@ def distance(counts: np.ndarray) -> float:
 
 
 def test_every_strategy_is_tested_here() -> None:
-    assert {spec.partition(":")[0] for spec in DRAWN} | {"natural"} == set(PARTITIONS)
+    assert {spec.partition(":")[0] for spec in DRAWN + FIXED} | {"natural"} == set(PARTITIONS)
 
 
 @pytest.mark.parametrize("clients", [1, 7, N])
-@pytest.mark.parametrize("spec", [s for s in DRAWN if s != "labels:2"] + ["labels:10"])
+@pytest.mark.parametrize("spec", [s for s in DRAWN if s != "labels:2"] + ["labels:10", *FIXED])
 def test_every_example_goes_to_exactly_one_client(spec: str, clients: int) -> None:
     order, offsets = deal(spec, clients)
     assert np.array_equal(np.sort(order), np.arange(M))
@@ -62,6 +63,20 @@ def test_labels_may_be_a_tensor() -> None:
 def test_iid_sizes_differ_by_at_most_one() -> None:
     sizes = np.diff(deal("iid").offsets)
     assert sizes.max() - sizes.min() == 1
+
+
+@pytest.mark.parametrize("clients", [1, 7, N])
+def test_sorted_and_rows_are_equal_parts_in_the_order_of_labels_and_of_rows(clients: int) -> None:
+    for spec, order in (("sorted", np.argsort(Y, kind="stable")), ("rows", np.arange(M))):
+        found = deal(spec, clients)
+        assert np.array_equal(found.order, order) and np.ptp(np.diff(found.offsets)) <= 1
+    targets = np.random.default_rng(2).standard_normal(M)  # of a regression
+    assert (np.diff(targets[partition(targets, "sorted", clients, 0).order]) >= 0).all()
+
+
+def test_sorted_needs_one_value_an_example() -> None:
+    with pytest.raises(UsageError, match=r"sorted: needs one label or target .* \[4, 2\]"):
+        partition(np.zeros((4, 2)), "sorted", 2, 0)
 
 
 def test_iid_labels_are_near_everyones() -> None:

@@ -105,6 +105,7 @@ class Dataset(NamedTuple):
     transform: Transform
     users: np.ndarray | None = None  # [M] int64: whose each training example is; None: no natural split
     offsets: np.ndarray | None = None  # [N + 1] int64: the natural split where the rows already lie user by user
+    model: str = "mlp"  # what `vfl run` trains on it by default
 
 
 class FederatedData(NamedTuple):
@@ -117,6 +118,7 @@ class FederatedData(NamedTuple):
     held_out: Packed | None  # each client's own test examples, same N
     classes: int
     transform: Transform
+    model: str = "mlp"  # what `vfl run` trains on it by default
 
     def to(self, device: torch.device | str) -> FederatedData:
         """The same data with every tensor on a device."""

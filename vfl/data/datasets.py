@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from vfl.data.container import Dataset, Examples, FederatedData, Packed
+from vfl.data.libsvm import libsvm
 from vfl.data.partition import check_population, hold_out
 from vfl.data.partition import partition as deal
+from vfl.data.quadratic import quadratic
 from vfl.data.readers import cifar10, digits, fashion_mnist, mnist
-from vfl.data.synthetic import synthetic
+from vfl.data.synthetic import fedprox_synthetic, synthetic
 from vfl.errors import UsageError
 from vfl.spec import parse, resolve
 
@@ -22,6 +24,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "digits": digits,
     "synthetic": synthetic,
+    "fedprox_synthetic": fedprox_synthetic,
+    "quadratic": quadratic,
+    "libsvm": libsvm,
 }
 """The data sets by name; a reader may ask for the keyword-only `root`, `clients` and `seed`."""
 
@@ -42,8 +47,8 @@ def data_root(root: str | Path | None = None) -> Path:
 def load(spec: str, root: str | Path | None = None, *, clients: int | None = None, seed: int = 0) -> Dataset:
     """A data set of `DATASETS` by its spec: `digits`, `mnist`, `synthetic:features=32,classes=10,examples=20`.
 
-    `root` is as in `data_root`; `clients` and `seed` matter only to `synthetic`, which is drawn from them. Raises
-    UsageError for an unknown name or parameter and for missing or damaged files.
+    `root` is as in `data_root`; `clients` and `seed` matter only to sets that are drawn from them, such as `synthetic`.
+    Raises UsageError for an unknown name or parameter and for missing or damaged files.
     """
     return resolve(spec, DATASETS, "data set", root=data_root(root), clients=clients, seed=seed)
 
@@ -77,7 +82,9 @@ def federate(
         packed = rest.take(*deal(rest.y, spec, CLIENTS if clients is None else clients, seed))
     packed, own = hold_out(packed, held_out, seed, "held_out")
     aside = None if taken is None else Examples(taken.x, taken.y)
-    return FederatedData(dataset.name, packed, dataset.test, aside, own, dataset.classes, dataset.transform)
+    return FederatedData(
+        dataset.name, packed, dataset.test, aside, own, dataset.classes, dataset.transform, dataset.model
+    )
 
 
 def federated(
@@ -92,7 +99,7 @@ def federated(
 ) -> FederatedData:
     """`load` and `federate` in one: `federated("digits", partition="dirichlet:0.3", clients=100)`.
 
-    `synthetic` is made for `clients` clients, and its natural split is the one it was made with: equal blocks.
+    `synthetic` and its like are made for `clients` clients, and their natural split is the one they were made with.
     """
     dataset = load(data, root, clients=clients, seed=seed)
     return federate(dataset, partition=partition, clients=clients, seed=seed, validation=validation, held_out=held_out)

@@ -1,7 +1,7 @@
 """How the examples of a data set are dealt to clients. M examples, N clients; every example goes to exactly one.
 
-Strategies are written as specs (`PARTITIONS`): `iid`, `dirichlet:0.3`, `shards:2`, `labels:2`, `lognormal:1.0`,
-`powerlaw:1.5`, `natural`. A result is a function of the labels, the spec, N and the seed alone.
+Strategies are written as specs (`PARTITIONS`): `iid`, `sorted`, `rows`, `dirichlet:0.3`, `shards:2`, `labels:2`,
+`lognormal:1.0`, `powerlaw:1.5`, `natural`. A result is a function of the labels, the spec, N and the seed alone.
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def iid(*, y: np.ndarray, clients: int | None, rng: np.random.Generator) -> Assi
     """Uniformly at random; sizes differ by at most one."""
     N = _population(clients, y)
     return Assignment(rng.permutation(len(y)), _even(len(y), N))
+
+
+def sorted_by_label(*, y: np.ndarray, clients: int | None) -> Assignment:
+    """Sorted by label or by target, ties in their order, and cut into N equal parts: as unlike as can be.
+
+    Sizes differ by at most one.
+    """
+    N = _population(clients, y)
+    if y.ndim != 1:
+        raise UsageError(f"sorted: needs one label or target an example, not {y.dtype} of shape {list(y.shape)}")
+    return Assignment(np.argsort(y, kind="stable"), _even(len(y), N))
+
+
+def by_row(*, y: np.ndarray, clients: int | None) -> Assignment:
+    """In the order of the rows, cut into N equal parts; sizes differ by at most one."""
+    return Assignment(np.arange(len(y)), _even(len(y), _population(clients, y)))
 
 
 def dirichlet(
@@ -160,6 +176,8 @@ def natural(*, y: np.ndarray, clients: int | None, users: np.ndarray | None) -> 
 
 PARTITIONS: dict[str, Callable[..., Assignment]] = {
     "iid": iid,
+    "sorted": sorted_by_label,
+    "rows": by_row,
     "dirichlet": dirichlet,
     "shards": shards,
     "labels": labels,
