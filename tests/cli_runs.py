@@ -18,7 +18,7 @@ SMALL = (
     *("--data", "synthetic:features=6,classes=3,examples=10,test=30", "--clients", "10", "--clients-per-round", "6"),
     *("--model", "mlp:5", "--batch-size", "4", "--dtype", "float64", "--execution", "vmap", "--chunk", "3"),
 )
-OF_THE_MACHINE = ("seconds", "chunk", "execution")  # metrics that are no results
+OF_THE_MACHINE = ("seconds", "chunk", "execution", "memory")  # metrics that are no results
 
 
 def vfl(*arguments: object) -> int:

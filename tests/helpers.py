@@ -101,7 +101,7 @@ def state_numbers(state: vfl.State) -> Numbers:
 
 def numbers_of(state: vfl.State, history: list[dict[str, Any]]) -> Numbers:
     """A run's state, and its metrics as series over the rounds but for those that describe the machine."""
-    names = {name for metrics in history for name in metrics} - {"seconds", "chunk", "execution"}
+    names = {name for metrics in history for name in metrics} - {"seconds", "chunk", "execution", "memory"}
     series = {f"metric.{name}": np.array([m.get(name, np.nan) for m in history]) for name in sorted(names)}
     return state_numbers(state) | series
 

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from algorithms.fedavg import FedAvg
 from vfl import evaluation, random
-from vfl.data.container import Examples, Normalize, Packed, cast
+from vfl.chunks import Memory
+from vfl.data.container import Examples, FederatedData, Normalize, Packed, cast
 from vfl.distributed import Ranks
-from vfl.evaluation import PerClient, evaluate, evaluate_clients
+from vfl.errors import UsageError
+from vfl.evaluation import PerClient, check_metrics, evaluate, evaluate_clients, measure, objective
+from vfl.problems import LinearProblem
+from vfl.simulate import Evaluation, rounds, simulate
 from vfl.task import Task, squared_error, task
 
 F64 = torch.float64
@@ -172,3 +177,147 @@ def test_ranks_share_the_clients_examples_and_their_sums_are_the_whole(
     each = by_hand(module, Examples(packed.x, packed.y))
     wanted = [[sum(part) for part in np.split(values, packed.offsets[1:-1])] for values in each]
     np.testing.assert_allclose(sum(brought).numpy(), wanted, rtol=1e-12, atol=1e-12)
+
+
+# The objective f = (1/N) Σ fᵢ
+
+
+def clients_mean(module: nn.Module, packed: Packed) -> tuple[float, np.ndarray]:
+    """f and ∇f [D], client by client through autograd; each client with examples counts once."""
+    module.eval()
+    parameters = list(module.parameters())
+    means = []
+    for i in range(packed.population):
+        x, y = packed.client(i)
+        if len(y):
+            means.append(functional.cross_entropy(module(x), y))
+    f = torch.stack(means).mean()
+    return f.item(), torch.cat([g.reshape(-1) for g in torch.autograd.grad(f, parameters)]).numpy()
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 1, 0, 0, 12, 4], [0, 2], [9, 9]])
+@pytest.mark.parametrize("batch", [4, 1000])
+def test_the_objective_and_its_gradient_are_means_over_the_clients_with_data(
+    sizes: list[int], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", batch)
+    module, problem, packed = packed_of(sizes)
+    f, g = objective(problem, problem.x, (), packed, cast)
+    wanted, gradient = clients_mean(module, packed)
+    assert f == pytest.approx(wanted, **NEAR)
+    np.testing.assert_allclose(g, gradient, rtol=1e-12, atol=1e-14)
+    found = measure(["grad_norm", "objective"], problem, problem.x, (), packed, cast)
+    assert list(found) == ["grad_norm", "objective"]
+    assert tuple(found.values()) == pytest.approx((np.linalg.norm(gradient), wanted), **NEAR)
+
+
+def test_the_objective_of_a_network_is_that_of_its_evaluation() -> None:
+    """Batch norm by its running statistics, no dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).to(F64)
+    with torch.no_grad():
+        module[1].running_mean.fill_(0.3)
+    problem = task(module, dtype=F64)
+    _, _, packed = packed_of([3, 8])
+    f, g = objective(problem, problem.x, problem.buffers, packed, cast)
+    wanted, gradient = clients_mean(module, packed)
+    assert f == pytest.approx(wanted, **NEAR)
+    np.testing.assert_allclose(g, gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_share_the_objectives_examples(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 7)
+    module, problem, packed = packed_of([3, 0, 5, 1, 9])  # 3 batches: some ranks have none
+    brought = shares(world, lambda ranks: objective(problem, problem.x, (), packed, cast, ranks))
+    f, gradient = clients_mean(module, packed)
+    np.testing.assert_allclose(sum(brought).numpy(), [f, *gradient], rtol=1e-12, atol=1e-14)
+
+
+def least_squares(sizes: list[int], features: int = 3) -> tuple[LinearProblem, np.ndarray]:
+    """A linear regression, and a point x."""
+    x, y = random.normal(random.key(3), (sum(sizes), features), F64), random.normal(random.key(4), (sum(sizes),), F64)
+    packed = Packed(x, y, np.concatenate([[0], np.cumsum(sizes)]))
+    data = FederatedData("regression", packed, None, None, None, 0, cast)
+    return LinearProblem(data), np.linspace(-1, 2, features)
+
+
+def test_suboptimality_and_distance_are_measured_from_the_known_minimum() -> None:
+    problem, point = least_squares([4, 2, 7])
+    regression, (x, y, offsets) = problem.task(F64), problem.data.clients
+    parts = [(np.split(x.numpy(), offsets[1:-1])[i], np.split(y.numpy(), offsets[1:-1])[i]) for i in range(3)]
+    H = sum(A.T @ A / len(A) for A, _ in parts) / 3
+    minimiser = np.linalg.solve(H, sum(A.T @ b / len(A) for A, b in parts) / 3)
+    gap = (point - minimiser) @ H @ (point - minimiser) / 2
+    names = ["distance", "suboptimality"]
+    found = measure(names, regression, torch.from_numpy(point), (), problem.data.clients, cast)
+    assert list(found) == names
+    assert tuple(found.values()) == pytest.approx((np.linalg.norm(point - minimiser), gap), rel=1e-9)
+    at = measure(names, regression, torch.from_numpy(minimiser), (), problem.data.clients, cast)
+    assert tuple(at.values()) == pytest.approx((0, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "metric", "sentence"),
+    [
+        ([4, 4], "gradnorm", "unknown metric 'gradnorm'; did you mean 'grad_norm'?"),
+        ([1, 1], "distance", "metric distance: the objective has more than one minimiser; l2 would leave one"),
+        ([1, 1], "suboptimality", None),
+        ([4, 4], "distance", None),
+    ],
+)
+def test_a_metric_that_cannot_be_measured_is_refused_with_the_reason(
+    sizes: list[int], metric: str, sentence: str | None
+) -> None:
+    problem, _ = least_squares(sizes)
+    if sentence is None:
+        check_metrics([metric], problem.task(F64))
+        return
+    with pytest.raises(UsageError) as error:
+        check_metrics([metric], problem.task(F64))
+    assert str(error.value) == sentence
+
+
+def test_what_is_unknown_of_other_models_is_refused_before_the_first_round() -> None:
+    _, problem, packed = packed_of([3, 4])
+    data = FederatedData("classes", packed, None, None, None, 3, cast)
+    check_metrics(["objective", "grad_norm"], problem)
+    for metric in ("suboptimality", "distance"):
+        played = rounds(FedAvg(), problem, data, 1, clients_per_round=1, evaluation=Evaluation(metrics=(metric,)))
+        with pytest.raises(UsageError, match=f"metric {metric}: the objective's minimum is known only for the model"):
+            next(played)
+
+
+def test_metrics_come_with_the_other_evaluations_and_cost_no_gradients() -> None:
+    problem, _ = least_squares([4, 2, 7])
+    histories = [
+        simulate(FedAvg(local_lr=0.1), problem.task(F64), problem.data, 5, clients_per_round=2, evaluation=when).history
+        for when in (Evaluation(2, metrics=("grad_norm", "distance")), Evaluation(0, metrics=("grad_norm",)))
+    ]
+    assert [[name in row for name in ("grad_norm", "distance")] for row in histories[0]] == [
+        [False] * 2, [True] * 2, [False] * 2, [True] * 2, [True] * 2,
+    ]  # fmt: skip
+    assert not any("grad_norm" in row for row in histories[1])
+    assert [row["gradients"] for row in histories[0]] == [row["gradients"] for row in histories[1]]
+    assert [row["train_loss"] for row in histories[0]] == [row["train_loss"] for row in histories[1]]
+
+
+def test_the_bits_of_a_round_add_up_to_the_bits_so_far_over_a_continued_run() -> None:
+    problem, _ = least_squares([4, 2, 7])
+    options = {"clients_per_round": 2, "batch_size": None}
+    first = list(rounds(FedAvg(), problem.task(F64), problem.data, 2, **options))
+    more = list(rounds(FedAvg(), problem.task(F64), problem.data, 5, state=first[-1][0], **options))
+    rows = [metrics for _, metrics in first + more]
+    for direction in ("up", "down"):
+        each = [row[f"round_bits_{direction}"] for row in rows]
+        assert each == [2 * 3 * 64] * 5 and np.cumsum(each).tolist() == [row[f"bits_{direction}"] for row in rows]
+
+
+def test_memory_is_reported_with_the_evaluations() -> None:
+    if Memory(torch.device("cpu")).peak() is None:
+        pytest.skip("the system does not tell the memory in use")
+    problem, _ = least_squares([4, 2, 7])
+    rows = simulate(FedAvg(), problem.task(F64), problem.data, 3, clients_per_round=2, evaluation=Evaluation(2)).history
+    assert [row.get("memory", 0) > 2**20 for row in rows] == [False, True, True]
+    assert all(isinstance(row["memory"], int) for row in rows[1:])

@@ -16,13 +16,15 @@ from vfl.base import (
 from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State
 from vfl.errors import ClientError, DivergedError, UsageError
-from vfl.evaluation import evaluate, evaluate_clients
+from vfl.evaluation import evaluate, evaluate_clients, objective
 from vfl.local import Batches, Work, descend, float_bits, full_gradient, message
 from vfl.optimizers import Optimizer, clip_norm, optimizer
+from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
+from vfl.regularizers import Regularizer, regularizer
 from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
-from vfl.task import Aux, Batch, Task, accuracy, cross_entropy, squared_error, task
+from vfl.task import Aux, Batch, Task, accuracy, binary_accuracy, cross_entropy, logistic, squared_error, task
 from vfl.training import AlgorithmConfig, LocalTraining, ModelAndRate, Trainer
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "DivergedError",
     "Engine",
     "Evaluation",
+    "LinearProblem",
     "LocalTraining",
     "Mean",
     "Message",
@@ -46,9 +49,12 @@ __all__ = [
     "ModelAndRate",
     "Optimizer",
     "Ranks",
+    "Regularizer",
     "Result",
     "Sampler",
     "Schedule",
+    "Smoothness",
+    "Solution",
     "State",
     "Task",
     "Trainer",
@@ -56,6 +62,7 @@ __all__ = [
     "UsageError",
     "Work",
     "accuracy",
+    "binary_accuracy",
     "clip_norm",
     "cross_entropy",
     "data",
@@ -66,15 +73,20 @@ __all__ = [
     "full_gradient",
     "launched",
     "leaves",
+    "logistic",
     "message",
     "models",
     "named_leaves",
+    "objective",
     "optimizer",
     "random",
+    "regularizer",
     "rounds",
     "sampler",
     "schedule",
     "simulate",
+    "smoothness",
+    "solution",
     "squared_error",
     "stateless",
     "task",

@@ -1,18 +1,33 @@
-"""How good a model is: on the global sets, and on each client's own data. M examples, N clients."""
+"""How good a model is: on the global sets, on each client's own data, and as a point of the objective f.
+
+Letters: M examples, N clients, D parameters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import grad_and_value
 
 from vfl.data.container import Examples, Packed, Transform
 from vfl.distributed import Ranks
+from vfl.errors import UsageError, unknown
+from vfl.problems import solution
 from vfl.task import Batch, Task
 
 BATCH = 1000
+OBJECTIVE = {
+    "objective": "f(x)",
+    "grad_norm": "‖∇f(x)‖",
+    "suboptimality": "f(x) − f*",
+    "distance": "‖x − x*‖",
+}
+"""What can be measured of a model x as a point of f(x) = (1/N) Σ fᵢ(x), the mean over the clients that have examples;
+fᵢ(x) is the mean loss on client i's training examples, regularizer included."""
 
 
 class PerClient(NamedTuple):
@@ -64,6 +79,65 @@ def evaluate_clients(
     return {name: _spread(name, row) for name, row in zip(names, per_client, strict=True)}
 
 
+def objective(
+    task: Task, x: Tensor, buffers: tuple[Tensor, ...], clients: Packed, transform: Transform, ranks: Ranks = Ranks()
+) -> tuple[float, Tensor]:
+    """f(x) and ∇f(x) [D] float64 of f = (1/N) Σ fᵢ (see `OBJECTIVE`), computed in x's dtype and summed in float64.
+
+    The model is as in evaluation: no dropout, and batch norm by its running statistics. Every example is visited once;
+    the ranks share them.
+    """
+    sizes = clients.sizes()
+    each = 1 / (np.maximum(sizes, 1) * max(int((sizes > 0).sum()), 1))
+    weights = torch.from_numpy(np.repeat(each, sizes))
+
+    def share(x: Tensor, batch: Batch, weight: Tensor) -> Tensor:
+        return weight @ task.evaluate(x, batch, buffers)["loss"]
+
+    total = torch.zeros(1 + len(x), dtype=torch.float64, device=x.device)
+    for rows in _batches(len(clients.y), ranks):
+        batch = _batch(x, clients.x[rows], clients.y[rows], transform)
+        g, f = grad_and_value(share)(x, batch, weights[rows].to(x))
+        total += torch.cat([f[None], g])
+    total = ranks.all_reduce(total)
+    return float(total[0]), total[1:]
+
+
+def check_metrics(names: Sequence[str], task: Task) -> None:
+    """Raises UsageError for a name that `OBJECTIVE` has not, and for a metric that needs what is not known of f."""
+    for name in names:
+        if name not in OBJECTIVE:
+            raise unknown("metric", name, OBJECTIVE)
+        try:
+            if name == "suboptimality":
+                solution(task)
+            if name == "distance" and solution(task).x is None:
+                raise UsageError("the objective has more than one minimiser; l2 would leave one")
+        except UsageError as error:
+            raise UsageError(f"metric {name}: {error}") from None
+
+
+def measure(
+    names: Sequence[str],
+    task: Task,
+    x: Tensor,
+    buffers: tuple[Tensor, ...],
+    clients: Packed,
+    transform: Transform,
+    ranks: Ranks = Ranks(),
+) -> dict[str, float]:
+    """The named metrics of `OBJECTIVE` at the model x [D]; their names are those that `check_metrics` lets pass."""
+    found: dict[str, float] = {}
+    if set(names) - {"distance"}:
+        f, g = objective(task, x, buffers, clients, transform, ranks)
+        found |= {"objective": f, "grad_norm": float(g.norm())}
+    if "suboptimality" in names:
+        found["suboptimality"] = found["objective"] - solution(task).value
+    if "distance" in names:
+        found["distance"] = float(np.linalg.norm(x.double().cpu().numpy() - solution(task).x))
+    return {name: found[name] for name in names}
+
+
 def _spread(name: str, values: np.ndarray) -> PerClient:
     if not len(values):
         return PerClient(*[float("nan")] * 4)
@@ -81,11 +155,16 @@ def _batches(count: int, ranks: Ranks) -> list[slice]:
 def _values(
     task: Task, x: Tensor, buffers: tuple[Tensor, ...], inputs: Tensor, targets: Tensor, transform: Transform
 ) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return task.evaluate(x, _batch(x, inputs, targets, transform), buffers)
+
+
+def _batch(x: Tensor, inputs: Tensor, targets: Tensor, transform: Transform) -> Batch:
+    """These examples for the model x: on its device, and none of them padding."""
     y = targets.to(x.device)
     mask = torch.ones(len(y), dtype=torch.bool, device=x.device)
     key = torch.zeros((), dtype=torch.int64, device=x.device)
-    with torch.no_grad():
-        return task.evaluate(x, Batch(transform(inputs.to(x.device), x.dtype), y, mask, key), buffers)
+    return Batch(transform(inputs.to(x.device), x.dtype), y, mask, key)
 
 
 def _metric_names(

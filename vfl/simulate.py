@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vfl.base import Algorithm
+from vfl.chunks import Memory
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks
 from vfl.engine import Engine, RoundMetrics, State
-from vfl.evaluation import evaluate, evaluate_clients
+from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
 from vfl.local import Work
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
@@ -32,8 +33,9 @@ class Result(NamedTuple):
 class Evaluation(NamedTuple):
     """When to evaluate what: every so many rounds (0: never), and always after the last one."""
 
-    every: int = 1  # the global test and validation sets
+    every: int = 1  # the global test and validation sets, and the metrics
     clients_every: int = 0  # the clients' own data: what was held out of it, else what they train on
+    metrics: tuple[str, ...] = ()  # of the objective f: objective, grad_norm, suboptimality, distance
 
 
 def rounds(
@@ -55,10 +57,12 @@ def rounds(
 
     `state` continues an earlier run; every other keyword goes to `vfl.Engine` (clients_per_round, sampling, execution,
     chunk, client_state, on_nonfinite, profile, ranks). Metrics, by name: `round`; `train_loss` (mean over the examples
-    that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated; `bits_up`, `bits_down`,
-    `gradients` (sample-gradients): cumulative; `clients` in the cohort; `dropped` for NaN; `seconds` of this round
-    without evaluation; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the phases of
-    `vfl.profiling`. Raises UsageError, DivergedError, ClientError.
+    that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
+    `evaluation`; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
+    `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
+    evaluation; `memory` where evaluated and the system tells: the most bytes in use, on a GPU since it was last
+    reported, else by the process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the
+    phases of `vfl.profiling`. Raises UsageError, DivergedError, ClientError.
     """
     player = make_engine(
         algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
@@ -92,14 +96,22 @@ def play(
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """`rounds` on an engine, from a state of its own."""
+    check_metrics(evaluation.metrics, engine.task)
+    memory = Memory(engine.device)
     while state.round < rounds:
+        before = state.totals
         state, metrics = engine.play(state, rounds, stop)
+        metrics |= {f"round_{name}": metrics[name] - getattr(before, name) for name in ("bits_up", "bits_down")}
         stopping = metrics.pop("stopping")
         last = stopping or state.round == rounds
         with engine.clock("evaluation"):
             found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
-        evaluating = {name: seconds for name, seconds in engine.clock.read().items() if seconds}
-        yield state, metrics | evaluating | found
+        metrics |= {name: seconds for name, seconds in engine.clock.read().items() if seconds}
+        # Asking for it takes a tenth of a millisecond, so only where an evaluation takes its time anyway.
+        if _due(evaluation.every, state, last) and (peak := memory.peak()) is not None:
+            metrics["memory"] = peak
+            memory.used()  # on a GPU, a new measurement begins
+        yield state, metrics | found
         if stopping:
             return
 
@@ -121,19 +133,21 @@ def scores(
     task: Task, data: FederatedData, state: State, when: Evaluation, last: bool, ranks: Ranks = Ranks()
 ) -> dict[str, float]:
     """The evaluation metrics that are due after this round."""
-
-    def due(every: int) -> bool:
-        return every > 0 and (last or state.round % every == 0)
-
     x, found = state.server.x, {}
-    if due(when.every):
+    if _due(when.every, state, last):
         for split, examples in (("test", data.test), ("validation", data.validation)):
             if examples is not None:
                 values = evaluate(task, x, state.buffers, examples, data.transform, ranks)
                 found |= {f"{split}_{name}": value for name, value in values.items()}
-    if due(when.clients_every):
+        if when.metrics:
+            found |= measure(when.metrics, task, x, state.buffers, data.clients, data.transform, ranks)
+    if _due(when.clients_every, state, last):
         own, split = (data.clients, "train") if data.held_out is None else (data.held_out, "test")
         spreads = evaluate_clients(task, x, state.buffers, own, data.transform, ranks)
         for name, spread in spreads.items():
             found |= {f"client_{split}_{name}_{part}": value for part, value in spread._asdict().items()}
     return found
+
+
+def _due(every: int, state: State, last: bool) -> bool:
+    return every > 0 and (last or state.round % every == 0)
