@@ -59,8 +59,8 @@ def test_a_metrics_name_says_split_and_quantity() -> None:
 
 @pytest.mark.parametrize(
     ("x_axis", "x"),
-    [("round", [1, 2, 4]), ("bits_up", [10, 20, 40]), ("bits_down", [20, 40, 80]), ("gradients", [5, 10, 20]),
-     ("seconds", [2, 3, 5.5])],
+    [("round", [1, 2, 4]), ("bits_up", [10, 20, 40]), ("bits_down", [20, 40, 80]), ("bits_total", [30, 60, 120]),
+     ("gradients", [5, 10, 20]), ("seconds", [2, 3, 5.5])],
 )  # fmt: skip
 def test_a_series_leaves_out_what_is_missing_and_sums_the_seconds_of_all_rounds(x_axis: XAxis, x: list[float]) -> None:
     assert series(HISTORY, "train_loss", x_axis) == (x, [4.0, 3.0, 1.0])
@@ -70,6 +70,7 @@ def test_a_series_needs_both_coordinates_finite() -> None:
     assert series(HISTORY, "test_loss") == ([2.0], [3.5])
     rows = [{"round": 1, "train_loss": 1.0, "bits_up": None}, {"round": 2, "train_loss": 2.0, "bits_up": 7.0}]
     assert series(rows, "train_loss", "bits_up") == ([7.0], [2.0])
+    assert series(rows, "train_loss", "bits_total") == ([], [])
     assert series(rows, "test_accuracy") == ([], [])
     timed = [{"train_loss": 1.0, "seconds": None}, {"train_loss": 2.0}, {"train_loss": 3.0, "seconds": 4.0}]
     assert series(timed, "train_loss", "seconds") == ([0.0, 0.0, 4.0], [1.0, 2.0, 3.0])
@@ -151,6 +152,50 @@ def test_losses_over_many_orders_of_magnitude_get_a_logarithmic_axis(
     rows = [{"round": 1, "train_loss": 1.0, "test_accuracy": 0.001}, {"round": 2, "train_loss": smallest}]
     learning_curves({"run": [*rows, {"round": 3, "test_accuracy": 0.9}]}, tmp_path / "curves.png")
     assert [axes.get_yscale() for axes in figures[0].axes] == [scale, "linear"]
+
+
+DESCENT: list[dict[str, Any]] = [
+    {"round": t, "train_loss": 1.0, "grad_norm": 10.0**-t, "suboptimality": 100.0**-t if t < 9 else -1e-18,
+     "bits_up": 10.0 * t, "bits_down": 5.0 * t, "mine": float(t)} for t in range(1, 10)
+]  # fmt: skip
+
+
+def test_metrics_of_the_objective_get_panels_of_their_own_and_logarithmic_axes(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    learning_curves({"run": DESCENT}, tmp_path / "curves.png", "bits_total")
+    loss, norm, gap = figures[0].axes
+    assert [axes.get_ylabel() for axes in (norm, gap)] == ["‖∇f(x)‖", "f(x) − f*"]
+    assert [axes.get_yscale() for axes in (loss, norm, gap)] == ["linear", "log", "log"]
+    assert lines(norm) == [([15.0 * t for t in range(1, 10)], [10.0**-t for t in range(1, 10)])]
+    assert norm.get_xlabel() == "uplink and downlink, all clients"
+    assert legend(figures[0]) == ["train"], "f is of all examples, and no split"
+    assert score("grad_norm") == ("", "grad_norm")
+
+
+def test_any_metric_can_be_drawn_alone_in_the_order_asked_for(tmp_path: Path, figures: list[Figure]) -> None:
+    learning_curves({"a": DESCENT, "b": DESCENT}, tmp_path / "curves.png", metrics=("mine", "grad_norm"))
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["mine", "‖∇f(x)‖"]
+    assert lines(figures[0].axes[0]) == [(list(range(1, 10)), list(range(1, 10)))] * 2
+    assert legend(figures[0]) == ["a", "b"]
+    learning_curves({"a": DESCENT}, tmp_path / "alone.png", metrics=("grad_norm",))
+    assert not figures[1].legends
+    with pytest.raises(UsageError, match="no round has both yours and round"):
+        learning_curves({"a": DESCENT}, tmp_path / "curves.png", metrics=("mine", "yours"))
+
+
+@pytest.mark.parametrize(("log", "scales"), [(None, ["log", "linear"]), (True, ["log"] * 2), (False, ["linear"] * 2)])
+def test_the_axes_scale_may_be_given(
+    log: bool | None, scales: list[str], tmp_path: Path, figures: list[Figure]
+) -> None:
+    learning_curves({"run": DESCENT}, tmp_path / "curves.png", metrics=("grad_norm", "mine"), log=log)
+    assert [axes.get_yscale() for axes in figures[0].axes] == scales
+
+
+def test_a_logarithmic_axis_needs_a_value_above_zero(tmp_path: Path) -> None:
+    rows = [{"round": 1, "mine": 0.0}, {"round": 2, "mine": -1.0}]
+    with pytest.raises(UsageError, match="mine has no value above 0, which a logarithmic axis needs"):
+        learning_curves({"run": rows}, tmp_path / "curves.png", metrics=("mine",), log=True)
 
 
 def test_labels_with_signs_of_matplotlibs_own_are_shown_as_they_are(tmp_path: Path, figures: list[Figure]) -> None:

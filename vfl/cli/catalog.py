@@ -14,12 +14,15 @@ from vfl.data import DATASETS, PARTITIONS, SOURCES
 from vfl.errors import UsageError
 from vfl.models import MODELS
 from vfl.optimizers import OPTIMIZERS
+from vfl.regularizers import REGULARIZERS
 from vfl.samplers import SAMPLERS
 from vfl.schedules import SCHEDULES
 from vfl.spec import describe
 from vfl.terminal import section, table, terminal
 
-Kind = Literal["all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules"]
+Kind = Literal[
+    "all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules", "regularizers"
+]
 
 TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "models": ("--model, or your own as package.module:factory", MODELS),
@@ -28,6 +31,7 @@ TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "samplers": ("--sampling", SAMPLERS),
     "optimizers": ("--local-optimizer, --server-optimizer", OPTIMIZERS),
     "schedules": ("--local-schedule, --server-schedule; a + joins two", SCHEDULES),
+    "regularizers": ("--regularizer", REGULARIZERS),
 }
 
 
@@ -36,7 +40,7 @@ class List:
     """Lists what a run can be made of, and how to write it."""
 
     kind: Annotated[Kind, tyro.conf.Positional, tyro.conf.arg(metavar="[KIND]")] = "all"
-    """What to list: all, algorithms, models, data, partitions, samplers, optimizers or schedules."""
+    """What to list: all, algorithms, models, data, partitions, samplers, optimizers, schedules or regularizers."""
 
     def run(self) -> None:
         """Prints the tables."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -17,6 +18,7 @@ from rich.text import Text
 from vfl.data import FederatedData, federated, get, label_table, plot_labels, summary
 from vfl.data.download import Progress as Report
 from vfl.errors import UsageError
+from vfl.problems import LinearProblem
 from vfl.terminal import facts, section, si, table, terminal
 
 _SHOWN = 20  # clients of the label table
@@ -66,6 +68,8 @@ class DataShow:
         console = terminal()
         data = federated(self.name, partition=self.partition, clients=self.clients, seed=self.seed, root=self.data_root)
         _print_summary(console, data, self.partition)
+        if data.model == "linear":
+            _print_problem(console, LinearProblem(data))
         if data.classes:
             _print_labels(console, data)
         try:
@@ -96,6 +100,19 @@ def _print_summary(console: Console, data: FederatedData, partition: str | None)
         pairs["labels a client"] = f"{numbers.labels:.1f} of {data.classes}, mean"
         pairs["label skew"] = f"{numbers.distance:.3f}, mean total variation from everyone's labels (0: none, 1: most)"
     section(console, f"{data.name}, {partition or 'default partition'}", facts(pairs))
+
+
+def _print_problem(console: Console, problem: LinearProblem) -> None:
+    """The constants of the model linear on this data, without a regularizer."""
+    L, L_tilde, L_max, mu = problem.smoothness
+    pairs = {"L": f"{L:.6g}", "L̃, √(mean Lᵢ²)": f"{L_tilde:.6g}", "largest Lᵢ": f"{L_max:.6g}", "μ": f"{mu:.6g}"}
+    try:
+        x, least = problem.solution
+        pairs |= {"f*": f"{least:.6g}", "‖x*‖": "not unique" if x is None else f"{np.linalg.norm(x):.6g}"}
+    except UsageError as error:
+        pairs["f*"] = f"not known: {error}"
+    loss = "the logistic loss" if problem.data.classes else "half the squared error"
+    section(console, f"\nf: the model linear, the mean over clients of {loss}", facts(pairs))
 
 
 def _print_labels(console: Console, data: FederatedData) -> None:

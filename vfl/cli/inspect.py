@@ -19,6 +19,7 @@ from vfl.cli.options import RunOptions
 from vfl.display import TOTALS
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
+from vfl.evaluation import OBJECTIVE
 from vfl.plots import XAxis, learning_curves, score, series
 from vfl.terminal import duration, facts, number, section, si, sparkline, table, terminal
 
@@ -36,6 +37,11 @@ class Show:
     """Draw the learning curves: into the run's curves.png, or comparison.png here for several runs."""
     x_axis: XAxis = "round"
     """What the curves are drawn against; any but round implies --plot."""
+    metrics: str | None = None
+    """What is drawn, one panel each, separated by commas: grad_norm,train_loss; implies --plot. Default: losses,
+    accuracies and the metrics of the objective."""
+    log: bool = False
+    """Draw on logarithmic y-axes. Default: where losses span two orders of magnitude."""
     out: Path | None = None
     """File of the curves in place of those, .png, .pdf or .svg; implies --plot."""
 
@@ -50,11 +56,13 @@ class Show:
             _print_run(console, found[0])
         else:
             _print_comparison(console, found)
-        if self.plot or self.out or self.x_axis != "round":
+        if self.plot or self.out or self.metrics or self.log or self.x_axis != "round":
             labels = [str(found[0].config.get("algorithm"))] if alone else _labels(self.runs)
             histories = {label: run.history for label, run in zip(labels, found, strict=True)}
             path = self.out or (found[0].folder / runs.CURVES if alone else _COMPARISON)
-            console.print(f"\nplot   {learning_curves(histories, path, self.x_axis)}", soft_wrap=True)
+            metrics = tuple(name.strip() for name in self.metrics.split(",")) if self.metrics else ()
+            path = learning_curves(histories, path, self.x_axis, metrics, self.log or None)
+            console.print(f"\nplot   {path}", soft_wrap=True)
 
 
 class Best(NamedTuple):
@@ -163,7 +171,8 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _print_comparison(console: Console, found: list[Run]) -> None:
     """One row a run: scores and what was spent, then the options in which the runs differ."""
-    judge = "test_accuracy" if any(run.last("test_accuracy") is not None for run in found) else "test_loss"
+    judges = [n for n in ("test_accuracy", "test_loss", *OBJECTIVE) if any(run.last(n) is not None for run in found)]
+    judge = judges[0] if judges else "test_loss"
     columns = (">rounds", f">{judge.replace('_', chr(10))}", ">best", ">train\nloss", ">uplink", ">gradients", ">time")
     scores = table("run", *columns)
     scores.padding = (0, 1, 0, 0)

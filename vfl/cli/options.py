@@ -13,6 +13,7 @@ import tyro
 from vfl.algorithms import load_algorithm
 from vfl.cli.arguments import flag, parse
 from vfl.errors import UsageError, unknown
+from vfl.regularizers import regularizer
 from vfl.runs import CONFIG, is_run, read_config
 from vfl.training import AlgorithmConfig
 
@@ -27,20 +28,24 @@ class RunOptions:
     """What an experiment is made of, beside its algorithm."""
 
     data: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, or synthetic:features=32,classes=10 (see `vfl list data`)."""
+    """Data set: digits, mnist, fashion_mnist, cifar10, synthetic:features=32,classes=10, libsvm:a9a, or
+    quadratic:dim=20,L=2,mu=1 (see `vfl list data`)."""
     data_root: Annotated[Path | None, _default("$VFL_DATA, else the user's cache folder")] = None
     """Folder of the data sets."""
     partition: Annotated[str | None, _default("natural where the data has users, else iid")] = None
-    """How the training examples are dealt to clients: iid, dirichlet:0.3, shards:2, labels:2, lognormal:1.0,
-    powerlaw:1.5, natural (see `vfl list partitions`)."""
+    """How the training examples are dealt to clients: iid, sorted, rows, dirichlet:0.3, shards:2, labels:2,
+    lognormal:1.0, powerlaw:1.5, natural (see `vfl list partitions`)."""
     clients: Annotated[int | None, _default("100, or the data's users for a natural partition")] = None
     """Population: how many clients there are."""
     validation: float = 0.0
     """Fraction of the training examples set aside as the global validation set."""
     held_out: float = 0.0
     """Fraction of each client's examples set aside as its own test examples."""
-    model: str = "mlp"
-    """Model: softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, or your own as package.module:factory."""
+    model: str = "auto"
+    """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, or your own as package.module:factory;
+    auto: what goes with the data (linear for quadratic and libsvm, else mlp)."""
+    regularizer: Annotated[str | None, _default("none")] = None
+    """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"
     """Clients that take part in a round: a count, a fraction of the population (0.1 or 10%), or all."""
     sampling: str = "uniform"
@@ -59,8 +64,9 @@ class RunOptions:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     ranks: str = "1"
     """Processes on this machine that share each round's clients: a count, or auto (one a GPU, else one a core)."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Floating-point type of the model and the training."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Floating-point type of the model and the training; bfloat16: of the layers, with the model and all sums, and so
+    what is sent, in float32."""
     execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
     """vmap: a chunk of clients at once; compile: the same, compiled; loop: one client after the other, for debugging
     (breakpoints and prints work); auto: the fastest of them, found while the run goes on."""
@@ -71,7 +77,10 @@ class RunOptions:
     on_nonfinite: Literal["stop", "drop"] = "stop"
     """When a client's message holds NaN or infinity: stop the run, or drop the client from the round and count it."""
     eval_every: int = 1
-    """Rounds between evaluations on the global test and validation sets; 0: only after the last round."""
+    """Rounds between evaluations on the global test and validation sets; 0: never."""
+    metrics: Annotated[str | None, _default("none")] = None
+    """What to evaluate as often of f, the mean over clients of their training losses, separated by commas: objective,
+    grad_norm, suboptimality (f − f*), distance (‖x − x*‖)."""
     client_eval_every: int = 0
     """Rounds between evaluations on each client's own data (held out, else training); 0: never."""
     checkpoint_every: int = 50
@@ -107,6 +116,7 @@ class RunOptions:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
         self.examples_per_batch()
         self.wanted_ranks()
+        regularizer(self.regularizer)
 
     def examples_per_batch(self) -> int | None:
         """The batch size as a number; None: all of a client's examples."""
@@ -115,6 +125,10 @@ class RunOptions:
     def wanted_ranks(self) -> int | None:
         """The number of ranks; None: auto."""
         return _count("ranks", self.ranks, "auto", _MOST_RANKS)
+
+    def chosen_metrics(self) -> tuple[str, ...]:
+        """The metrics' names."""
+        return tuple(name.strip() for name in self.metrics.split(",")) if self.metrics else ()
 
 
 _LEAST = {"rounds": 1, "local_epochs": 1, "local_steps": 1, "clients": 1, "keep": 1,
@@ -141,7 +155,7 @@ def _count(name: str, text: str, word: str, most: int) -> int | None:
 ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks"}
 # They do not change the results, so a resumed run may change them.
 NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "client_eval_every",
-           "checkpoint_every", "keep"}  # fmt: skip
+           "metrics", "checkpoint_every", "keep"}  # fmt: skip
 
 
 class Call(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -27,12 +28,20 @@ from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
 from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
+from vfl.evaluation import check_metrics
 from vfl.models import model
+from vfl.plots import score
+from vfl.problems import LinearProblem
 from vfl.profiling import summary, traced
+from vfl.regularizers import regularizer
 from vfl.simulate import Evaluation, make_engine, play
-from vfl.task import Loss, Task, cross_entropy, squared_error, task
+from vfl.spec import parse
+from vfl.task import Loss, Task, cross_entropy, logistic, squared_error, task
+from vfl.terminal import number as shown
 
 log = logging.getLogger("vfl")
+
+_SAID = ("test", "")  # the splits whose scores a run ends with: the test set, and the objective
 
 
 def run(argv: Sequence[str]) -> int:
@@ -53,6 +62,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         options.data, partition=options.partition, clients=options.clients, seed=options.seed, root=options.data_root,
         validation=options.validation, held_out=options.held_out,
     )  # fmt: skip
+    if options.model == "auto":  # the configuration names the model that was trained
+        options = dataclasses.replace(options, model=data.model)
+        call = call._replace(options=options)
     learning = make_task(call, data, device)
     algorithm = call.algorithm.build(learning, data.clients.population)
     engine = make_engine(
@@ -61,9 +73,10 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
         on_nonfinite=options.on_nonfinite, profile=options.profile, ranks=ranks,
     )  # fmt: skip
+    when = Evaluation(options.eval_every, options.client_eval_every, options.chosen_metrics())
+    check_metrics(when.metrics, learning)
     folder, start = _open(call, engine.init(options.seed), device, ranks)
     state = start
-    when = Evaluation(options.eval_every, options.client_eval_every)
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
     def save() -> None:
@@ -152,23 +165,30 @@ def _launch() -> str | None:
 
 
 def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
-    """The model, drawn from the seed, with the loss that the data asks for: cross-entropy, or half the squared error.
+    """The model, drawn from the seed, with the loss that the data asks for, and the regularizer.
 
-    Raises UsageError when the model cannot take the data's inputs or its outputs do not fit the targets.
+    The loss is half the squared error for numbers as targets, the logistic loss for two classes and a model with one
+    output, else cross-entropy. Raises UsageError when the model cannot take the data's inputs or its outputs do not fit
+    the targets.
     """
-    options, dtype = call.options, getattr(torch, call.options.dtype)
+    options = call.options
     if "" not in sys.path:
         sys.path.insert(0, "")  # `module:factory` may lie in the current folder
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         module = model(options.model, tuple(data.clients.x.shape[1:]), data.classes)
-    loss = cross_entropy if data.classes else squared_error
-    _try(module, loss, data, options.model)
-    return task(module, loss, device=device, dtype=dtype)
+    penalty = regularizer(options.regularizer)
+    loss = _loss(module, data, options.model)
+    mixed = options.dtype == "bfloat16"
+    made = task(
+        module, loss, regularizer=penalty if options.regularizer else None, device=device,
+        dtype=torch.float32 if mixed else getattr(torch, options.dtype), compute=torch.bfloat16 if mixed else None,
+    )  # fmt: skip
+    return made._replace(problem=LinearProblem(data, penalty)) if parse(options.model).name == "linear" else made
 
 
-def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
-    """Evaluates the model on two examples, so that one that does not fit the data is refused before the run begins."""
+def _loss(module: nn.Module, data: FederatedData, name: str) -> Loss:
+    """The loss, tried on two examples, so that a model that does not fit the data is refused before the run begins."""
     x, y = data.clients.x[:2], data.clients.y[:2]
     shape = "×".join(map(str, x.shape[1:]))
     with torch.no_grad():
@@ -178,11 +198,12 @@ def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
             raise UsageError(
                 f"model {name!r} cannot take the inputs of {data.name} ({shape}): {_first(error)}"
             ) from None
-        if data.classes and isinstance(outputs, Tensor) and outputs.dim():
+        found = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.dim() else None
+        loss = squared_error if not data.classes else logistic if (data.classes, found) == (2, 1) else cross_entropy
+        if loss is cross_entropy and found is not None:
             labels = [split.y for split in (data.clients, data.test, data.validation, data.held_out) if split]
             largest = max(int(y.max()) for y in labels if y.numel())
-            if outputs.shape[-1] <= largest:
-                found = outputs.shape[-1]
+            if found <= largest:
                 raise UsageError(
                     f"model {name!r} has {found} outputs, too few for the labels 0 to {largest} of {data.name}"
                 )
@@ -194,6 +215,7 @@ def _try(module: nn.Module, loss: Loss, data: FederatedData, name: str) -> None:
             ) from None
         if not fits:
             raise UsageError(f"model {name!r} must give one row of outputs an example")
+    return loss
 
 
 def _first(error: Exception) -> str:
@@ -224,9 +246,9 @@ def _report(call: Call, folder: Path, done: int) -> None:
         plot = f"none: {error}"
     if call.options.quiet:
         return
-    scores = {k: v for row in history for k, v in row.items() if k.startswith("test_") and v is not None}
-    parts = [f"{k.replace('_', ' ')} {v:.2%}" if "accuracy" in k else f"{k.replace('_', ' ')} {v:.4f}"
-             for k, v in scores.items()]  # fmt: skip
+    known = {k: v for row in history for k, v in row.items() if v is not None and (s := score(k)) and s.split in _SAID}
+    parts = [f"{k.replace('_', ' ')} {v:.2%}" if "accuracy" in k else f"{k.replace('_', ' ')} {shown(v)}"
+             for k, v in known.items()]  # fmt: skip
     if call.options.profile:
         Console().print(summary(history))
     seconds = sum(row["seconds"] for row in history)
