@@ -1,12 +1,14 @@
 """The round: cohort → chunks → vmap(client_update) → weighted sum → one all-reduce → server step.
 
-Letters: D parameters, C clients in a chunk, S a cohort, N population, K local steps, B batch, P entries of a payload.
+Letters: D parameters, C clients in a chunk, S a cohort, N population, K local steps, B batch. Replicas, runs that
+differ in their seeds alone, are one more axis R before all others.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,21 +16,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from vfl import random
-from vfl.base import Algorithm
+from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import parse_chunk
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks, assign
 from vfl.errors import DivergedError, UsageError
 from vfl.execute import Problem, Shared
 from vfl.executor import Executor, Round
-from vfl.local import Work
+from vfl.local import Work, keep_where
 from vfl.profiling import Clock
 from vfl.queue import Clients, Queue
 from vfl.reduce import reduce
-from vfl.samplers import Amount, Cohort, Sampler, sampler
-from vfl.store import Store
+from vfl.samplers import Amount, Sampler, sampler
+from vfl.store import Store, Stores
 from vfl.task import Task
 from vfl.tuning import Execution
 
@@ -39,22 +42,28 @@ RoundMetrics = dict[str, Any]
 
 
 class Totals(NamedTuple):
-    """Sums over all rounds so far."""
+    """Sums over all rounds so far; one number a replica where there are any."""
 
-    bits_up: float = 0.0
-    bits_down: float = 0.0
-    gradients: float = 0.0
+    bits_up: float | list[float] = 0.0
+    bits_down: float | list[float] = 0.0
+    gradients: float | list[float] = 0.0
 
 
 class State(NamedTuple):
-    """Everything a run needs to go on."""
+    """Everything a run needs to go on; with replicas, its tensors are [R, ...]."""
 
     round: int  # rounds done
     key: Tensor  # [] the run's key, on the host
     server: Any  # the algorithm's server state; its field x [D] is the model
     buffers: tuple[Tensor, ...]  # the module's buffers
-    store: Store  # client states
+    store: Store | Stores  # client states
     totals: Totals
+
+    def replica(self, r: int) -> State:
+        """Replica r's state, as a run of its own would have it."""
+        key, server, buffers = tree_map(operator.itemgetter(r), (self.key, self.server, self.buffers))
+        store = self.store.each[r] if isinstance(self.store, Stores) else self.store
+        return State(self.round, key, server, buffers, store, Totals(*(np.asarray(t)[r].item() for t in self.totals)))
 
 
 class Engine:
@@ -74,6 +83,7 @@ class Engine:
         client_state: Literal["device", "host"] = "device",
         on_nonfinite: Literal["stop", "drop"] = "stop",
         profile: bool = False,
+        replicas: int | None = None,
         ranks: Ranks = Ranks(),
     ) -> None:
         work.check()
@@ -84,20 +94,47 @@ class Engine:
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         self.clock = Clock(profile, self.device)
-        problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop)
-        kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world}"
+        self.replicas = replicas
+        if replicas is not None:
+            self._check_replicas(replicas)
+        problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop, replicas)
+        kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world} {replicas}"
         self.executor = Executor(
             problem, execution, parse_chunk(chunk), task.x, self.place, batch_bytes=self._batch_bytes(), work=kind
         )
 
-    def init(self, seed: int) -> State:
-        """The state before the first round."""
-        x = self.task.x
+    def init(self, seed: int, x: Tensor | None = None) -> State:
+        """The state before the first round, from the model x [D], or the task's.
+
+        With replicas x is [R, D], or one model for all, and replica r has the seed seed + r.
+        """
+        buffers, x = self.task.buffers, self.task.x if x is None else x
+        if self.replicas is None:
+            store = self._store(x)
+            return State(0, random.key(seed), self.algorithm.init_server(x), buffers, store, Totals())
+        keys = torch.stack([random.key(seed + r) for r in range(self.replicas)])
+        x, *buffers = (t.expand(self.replicas, *t.shape[-d:] if d else ()).clone()
+                       for t, d in ((x, 1), *((b, b.dim()) for b in buffers)))  # fmt: skip
+        store = Stores([self._store(start) for start in x])
+        none = [0.0] * self.replicas
+        return State(0, keys, vmap(self.algorithm.init_server)(x), tuple(buffers), store, Totals(none, none, none))
+
+    def _store(self, x: Tensor) -> Store:
         store = Store(self.algorithm.init_client(x), self.place)
         if not store.empty and not self.sampler.distinct:
             raise UsageError("this algorithm keeps state on its clients, so none may be drawn twice in a round: "
                              "use --sampling uniform, poisson or fixed")  # fmt: skip
-        return State(0, random.key(seed), self.algorithm.init_server(x), self.task.buffers, store, Totals())
+        return store
+
+    def _check_replicas(self, replicas: int) -> None:
+        if replicas < 1:
+            raise UsageError(f"replicas must be at least 1, not {replicas}")
+        if self.ranks.world > 1:
+            raise UsageError("replicas run on one rank; give each rank seeds of its own, or leave --replicas out")
+        if not self.sampler.fixed_size:
+            raise UsageError("replicas need cohorts of one size: --sampling uniform, replacement, weighted or fixed")
+        if (np.diff(self.data.clients.offsets) == 0).any():
+            raise UsageError("replicas need every client to have examples; use fewer clients or another partition")
 
     def play(
         self, state: State, rounds: int = 1, stop: Callable[[], bool] = lambda: False
@@ -115,56 +152,73 @@ class Engine:
                 f"this is the state after round {state.round}, but its clients' states have moved on to round "
                 f"{state.store.round}; go on from the newest state or from a checkpoint"
             )
-        cohort_key, client_key, server_key, sent_key = random.split(random.fold_in(state.key, state.round), 4)
+        each = vmap if self.replicas is not None else lambda function: function
+        cohort_key, client_key, server_key, sent_key = random.split(random.fold_in(state.key, state.round), 4).unbind(
+            -1
+        )
         with self.clock("sampling"):
-            cohort = self.sampler.draw(cohort_key)
-        sent = self.algorithm.broadcast(state.server, sent_key.to(self.device))
-        keys = random.fold_in(client_key, torch.from_numpy(cohort.ids))  # [S]
-        counts = self.work.counts(self.data.clients.sizes(cohort.ids))  # [S]
+            cohorts = [self.sampler.draw(key) for key in cohort_key.reshape(-1)]
+        sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
+        ids = np.stack([cohort.ids for cohort in cohorts])  # [R, S], and so the host's other numbers
+        counts = self.work.counts(self.data.clients.sizes(ids))
+        keys = random.fold_in(client_key.reshape(-1, 1), torch.from_numpy(ids))
         self.executor.tuner.begin(float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1))
-        mine, owners = self._share(state.store, cohort.ids, counts)
+        factor = np.stack([cohort.factor for cohort in cohorts])
+        mine, owners = self._share(state.store, ids, counts)
+        queue = self._queue(state, ids, counts, factor, keys, mine)
         shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1)
-        queue = self._queue(state, cohort, counts, keys, mine)
         with self.clock("clients"):
             while queue.left:
                 self.executor.run(queue, shared, played)
         if counts.any() and self.executor.layout is None:  # more ranks than clients: learn it from one of the others
-            self.executor.learn_layout(
-                self._queue(state, cohort, counts, keys, np.array([counts.argmax()])), shared, played
-            )
+            longest = counts.argmax(1)[:, None]
+            self.executor.learn_layout(self._queue(state, ids, counts, factor, keys, longest), shared, played)
         sums = played.sums or self.executor.no_sums()
         with self.clock("reduction"):
-            received = reduce(self.executor.layout, sums, played.reports, len(cohort.ids), self.ranks, stop())
-        bad = (counts > 0) & ~received.finite
+            received = reduce(self.executor.layout, sums, played.reports, ids.shape[1], self.ranks, stop())
+        finite = received.finite.reshape(ids.shape)
+        bad = (counts > 0) & ~finite
         if bad.any() and not self.drop:
-            raise DivergedError(state.round + 1, np.unique(cohort.ids[bad]).tolist())
+            raise DivergedError(state.round + 1, np.unique(ids[bad]).tolist())
         server, reported = state.server, {}
         if received.mean is not None:
             with self.clock("server"):
-                server, reported = self.algorithm.server_update(server, received.mean, server_key.to(self.device))
+                stepped, reported = each(self.algorithm.server_update)(
+                    server, received.mean, server_key.to(self.device)
+                )
+                # A replica without any weight has no step; alone, it would not be here.
+                weight = received.mean.weight
+                server = stepped if self.replicas is None else vmap(keep_where)(weight > 0, stepped, server)
             if not bool(torch.isfinite(server.x.sum())):
                 raise DivergedError(state.round + 1, [])
         with self.clock("states"):
+            stores = state.store.each if isinstance(state.store, Stores) else [state.store]
             for now, clients in played.states:
-                state.store.scatter(cohort.ids[now], clients, torch.from_numpy(received.finite[now]))
-        state.store.owners.update(owners)
-        state.store.round = state.round + 1
-        good, before = received.finite, state.totals
-        totals = Totals(
-            before.bits_up + float(received.bits.sum()),
-            before.bits_down + float(sent.bits) * len(cohort.ids),
-            before.gradients + float(received.gradients.sum()),
-        )
+                for r, store in enumerate(stores):
+                    at, rows = (now, clients) if self.replicas is None else (now[r], _at(clients, r))
+                    store.scatter(ids[r][at], rows, torch.from_numpy(finite[r][at]))
+            stores[0].owners.update(owners)
+            state.store.round = state.round + 1
+        before = state.totals
+        down = np.asarray(sent.bits.cpu()) * ids.shape[1]
+        totals = Totals(*(
+            (np.asarray(total) + now).tolist()
+            for total, now in zip(before, (received.bits.sum(-1), down, received.gradients.sum(-1)), strict=True)
+        ))  # fmt: skip
         after = State(state.round + 1, state.key, server, received.buffers or state.buffers, state.store, totals)
-        visited = float(received.examples[good].sum())
+        visited = np.where(received.finite, received.examples, 0).sum(-1)
+        loss = np.where(received.finite, received.loss, 0).sum(-1)
+        measured = {
+            "train_loss": np.where(visited > 0, loss / np.maximum(visited, 1), math.nan),
+            **totals._asdict(),
+            "dropped": bad.sum(-1) if self.replicas is not None else bad.sum(),
+            **received.extra,
+            **{name: np.asarray(value.cpu()) for name, value in reported.items()},
+        }
         metrics: RoundMetrics = {
             "round": after.round,
-            "train_loss": float(received.loss[good].sum()) / visited if visited else math.nan,
-            **totals._asdict(),
-            "clients": len(cohort.ids),
-            "dropped": int(bad.sum()),
-            **received.extra,
-            **{name: float(value) for name, value in reported.items()},
+            **{name: np.asarray(value).tolist() for name, value in measured.items()},
+            "clients": ids.shape[1],
             "chunk": played.chunk,
             "execution": self.executor.tuner.mode(),
             "seconds": time.perf_counter() - started,
@@ -179,17 +233,35 @@ class Engine:
         examples = self.work.batch_size or max(len(clients.x) // clients.population, 1)
         return int(examples * clients.x[:1].numel() * self.dtype.itemsize)
 
-    def _share(self, store: Store, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
-        """This rank's positions in the cohort, most steps first, and who owns the clients' states from now on."""
-        rank = assign(ids, counts, store.owners, self.ranks.world)
-        mine = np.flatnonzero((rank == self.ranks.rank) & (counts > 0))
-        owners = {} if store.empty else dict(zip(ids.tolist(), rank.tolist(), strict=True))
-        return mine[np.argsort(-counts[mine], kind="stable")], owners
+    def _share(self, store: Store | Stores, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+        """For each replica, this rank's positions in the cohort [R, n], most steps first; and who owns which client."""
+        if isinstance(store, Stores):
+            return np.argsort(-counts, axis=1, kind="stable"), {}
+        rank = assign(ids[0], counts[0], store.owners, self.ranks.world)
+        mine = np.flatnonzero((rank == self.ranks.rank) & (counts[0] > 0))
+        owners = {} if store.empty else dict(zip(ids[0].tolist(), rank.tolist(), strict=True))
+        return mine[np.argsort(-counts[0][mine], kind="stable")][None], owners
 
-    def _queue(self, state: State, cohort: Cohort, counts: np.ndarray, keys: Tensor, mine: np.ndarray) -> Queue:
-        """The clients at the positions `mine` of the cohort, to be computed in this order."""
-        ids, device = cohort.ids[mine], self.device
-        factor = torch.tensor(cohort.factor[mine], dtype=self.dtype, device=device)
+    def _queue(
+        self, state: State, ids: np.ndarray, counts: np.ndarray, factor: np.ndarray, keys: Tensor, mine: np.ndarray
+    ) -> Queue:
+        """The clients at the positions `mine` [R, n] of the cohorts [R, S], to be computed in this order."""
+        device, stores = self.device, state.store.each if isinstance(state.store, Stores) else [state.store]
+        at = np.arange(len(ids))[:, None], mine
+        ids, weights = ids[at], torch.tensor(factor[at], dtype=self.dtype, device=device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
-        clients = Clients(mine, ids, counts[mine], starts, sizes, keys[mine].to(device), factor)
-        return Queue(self.work, clients, state.buffers, lambda some: state.store.gather(some, device), self.clock)
+        keys = keys.gather(1, torch.from_numpy(mine)).to(device)
+        clients = Clients(mine, ids, counts[at], starts, sizes, keys, weights)
+        if self.replicas is None:
+            alone = Clients(mine[0], ids[0], counts[at][0], starts[0], sizes[0], keys[0], weights[0])
+            return Queue(self.work, alone, state.buffers, lambda some: stores[0].gather(some, device), self.clock)
+
+        def states(some: np.ndarray) -> Tree:
+            each = [store.gather(row, device) for store, row in zip(stores, some, strict=True)]
+            return tree_map(lambda *leaves: torch.stack(leaves), *each)
+
+        return Queue(self.work, clients, state.buffers, states, self.clock)
+
+
+def _at(stacked: Tree, r: int) -> Tree:
+    return tree_map(operator.itemgetter(r), stacked)

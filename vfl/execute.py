@@ -1,4 +1,7 @@
-"""How a chunk's clients are computed: one by one, under vmap, or compiled. C clients in the chunk."""
+"""How a chunk's clients are computed: one by one, under vmap, or compiled.
+
+Letters: C clients in the chunk. Replicas put an axis R before all but the data: sent [R, ...], inputs [R, C, ...].
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     sizes: list[int]  # of the model's parameters
     drop: bool  # whether clients with NaN are left out
+    replicas: int | None = None  # R; None: one experiment, without that axis
 
 
 class Added(NamedTuple):
@@ -83,15 +87,27 @@ def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -
 
 
 def by_vmap(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs) -> Results:
-    """All clients of the chunk at once."""
+    """All clients of the chunk at once, and all replicas."""
+    if problem.replicas is not None:
+        alone = problem._replace(replicas=None)
+        return torch.func.vmap(lambda sent, mine: by_vmap(alone, bounds, shared._replace(sent=sent), mine))(
+            shared.sent, inputs
+        )
     return torch.func.vmap(lambda mine: one_client(problem, bounds, shared, mine))(inputs)
 
 
 def by_loop(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs, ids: np.ndarray, round: int) -> Results:
     """The clients one after the other, unmapped: breakpoints, prints and stack traces work.
 
-    Raises ClientError, which names the client.
+    `ids` [C] or [R, C] are the clients'. Raises ClientError, which names the client.
     """
+    if problem.replicas is not None:
+        alone = problem._replace(replicas=None)
+        each = []
+        for r in range(problem.replicas):
+            sent, mine = tree_map(operator.itemgetter(r), (shared.sent, inputs))
+            each.append(by_loop(alone, bounds, shared._replace(sent=sent), mine, ids[r], round))
+        return tree_map(lambda *leaves: torch.stack(leaves), *each)
     results = []
     for c, i in enumerate(ids.tolist()):
         mine = tree_map(operator.itemgetter(c), inputs)
@@ -124,6 +140,13 @@ def _seeded(key: Tensor) -> Iterator[None]:
             generator.set_state(state)
 
 
+def add_all(problem: Problem, sums: Sums, results: Results, *, fused: bool = False) -> tuple[Sums, Tensor]:
+    """The sums with the chunk's results added, and the reports [C, ...]; both [R, ...] with replicas."""
+    if problem.replicas is None:
+        return add(sums, results, problem.drop, fused)
+    return torch.func.vmap(lambda s, r: add(s, r, problem.drop, fused))(sums, results)
+
+
 class Compiler:
     """Compiled programs by chunk shape, each of a chunk's whole work: clients, weighted sums and reports.
 
@@ -151,12 +174,12 @@ class Compiler:
 
         def program(*flat: Tensor) -> list[Tensor]:
             shared, inputs, sums = pytree.tree_unflatten(flat, arguments)
-            if len(inputs.key) == 1:  # a lone client's matrix products are plain ones
+            if inputs.key.shape == (1,):  # a lone client's matrix products are plain ones
                 mine = tree_map(operator.itemgetter(0), inputs)
                 results = tree_map(lambda leaf: leaf[None], one_client(self.problem, bounds, shared, mine))
             else:
                 results = by_vmap(self.problem, bounds, shared, inputs)
-            done, structure = pytree.tree_flatten(Added(*add(sums, results, self.problem.drop, True), results[1]))
+            done, structure = pytree.tree_flatten(Added(*add_all(self.problem, sums, results, fused=True), results[1]))
             result[:] = [structure]
             return done
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
-from vfl.execute import Added, Compiler, Problem, Shared, by_loop, by_vmap
+from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap
 from vfl.queue import Queue, Slice
-from vfl.reduce import Layout, Results, Sums, add, layout, zeros
+from vfl.reduce import Layout, Results, Sums, layout, zeros
 from vfl.tuning import Execution, Mode, Tuner
 
 log = logging.getLogger("vfl")
@@ -46,7 +46,7 @@ class Executor:
         batch_bytes: int,
         work: str,
     ) -> None:
-        model_bytes = x.numel() * x.element_size()
+        model_bytes = x.numel() * x.element_size() * (problem.replicas or 1)
         self.problem, self.device, self.place = problem, x.device, place
         self.sum_dtype = torch.promote_types(problem.dtype, torch.float32)
         # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
@@ -70,18 +70,18 @@ class Executor:
             try:
                 ran, added = self._run(mode, now, shared, round)
             except Exception as error:
-                if not out_of_memory(error) or not self.chunk.halve(len(now.ids)):
+                if not out_of_memory(error) or not self.chunk.halve(now.clients):
                     raise
                 continue
-            queue.advance(len(now.ids))
+            queue.advance(now.clients)
             self._keep(now, added, round)
             if self.tuner.learning:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 steps, seconds = now.counts, time.perf_counter() - started
-                self.tuner.report(ran, now.signature, int(steps.sum()), int(steps[0]), seconds)
+                self.tuner.report(ran, now.signature, int(steps.sum()), int(steps.max()), seconds)
                 if ran == "vmap":
-                    self.chunk.report(len(now.ids), int(steps.sum()), seconds, before)
+                    self.chunk.report(now.clients, int(steps.sum()), seconds, before)
             return
 
     def learn_layout(self, queue: Queue, shared: Shared, round: Round) -> None:
@@ -99,13 +99,13 @@ class Executor:
     def no_sums(self) -> Sums:
         """The sums over no client at all."""
         sizes = self.layout.sizes if self.layout else []
-        return zeros(sizes, self.sum_dtype, self.device)
+        return zeros(sizes, self.sum_dtype, self.device, self.problem.replicas)
 
     def _keep(self, now: Slice, added: Added, round: Round) -> None:
         round.sums = added.sums
         round.reports.append((now.now, added.report))
         round.states.append((now.now, _to(added.clients, self.place)))
-        round.chunk = max(round.chunk, len(now.ids))
+        round.chunk = max(round.chunk, now.clients)
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
         """How the chunk was run in the end, and what it left."""
@@ -126,7 +126,7 @@ class Executor:
                 self.tuner.give_up("compile")
                 log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
         mode, results = self._eager(mode, now, shared, round)
-        sums, report = add(round.sums or self.no_sums(), results, self.problem.drop)
+        sums, report = add_all(self.problem, round.sums or self.no_sums(), results)
         return mode, Added(sums, report, results[1])
 
     def _eager(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Results]:

@@ -1,6 +1,7 @@
 """A rank's clients of one round, in the order and the slices in which they are computed.
 
-Letters: S the cohort, R this rank's clients of it, C clients in a slice, G in a group, K local steps, B batch.
+Letters: n this rank's clients of the cohort, C clients in a slice, K local steps, B batch. With replicas, every array
+has an axis R before all others, and all replicas have as many clients.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Slice(NamedTuple):
     inputs: Inputs
 
     @property
+    def clients(self) -> int:
+        """C."""
+        return self.now.shape[-1]
+
+    @property
     def signature(self) -> tuple[object, ...]:
         """What a compiled program is good for, within one experiment."""
         return self.bounds, *self.inputs.rows.shape
@@ -45,13 +51,23 @@ class Slice(NamedTuple):
 class Clients(NamedTuple):
     """A rank's clients, most local steps first."""
 
-    now: np.ndarray  # [R] positions in the cohort
-    ids: np.ndarray  # [R]
-    counts: np.ndarray  # [R] local steps, descending
-    starts: np.ndarray  # [R] first row of their examples
-    sizes: np.ndarray  # [R] examples
-    keys: Tensor  # [R]
-    factor: Tensor  # [R] their weights' factors from the sampler
+    now: np.ndarray  # [n] positions in the cohort
+    ids: np.ndarray  # [n]
+    counts: np.ndarray  # [n] local steps, descending
+    starts: np.ndarray  # [n] first row of their examples
+    sizes: np.ndarray  # [n] examples
+    keys: Tensor  # [n]
+    factor: Tensor  # [n] their weights' factors from the sampler
+
+
+class Group(NamedTuple):
+    """Clients whose minibatches are drawn."""
+
+    first: int  # the first client's place in the queue
+    last: int  # the place after the last one's
+    plan: Minibatches
+    starts: Tensor  # [last − first] first row of their examples
+    sizes: Tensor  # [last − first] examples
 
 
 class Queue:
@@ -67,49 +83,58 @@ class Queue:
     ) -> None:
         self.work, self.clients, self.buffers, self.states, self.clock = work, clients, buffers, states, clock
         self.done = 0  # clients handed out
-        self._group: tuple[int, int, Minibatches, Tensor, Tensor] | None = None  # from, to, and what each client has
+        self._group: Group | None = None
 
     @property
     def left(self) -> int:
-        """Clients still to be computed."""
-        return len(self.clients.now) - self.done
+        """Clients still to be computed, in each replica."""
+        return self.clients.now.shape[-1] - self.done
 
     @property
     def alike(self) -> int:
         """How many of the clients to come have about as many local steps as the next one."""
-        return alike(self.clients.counts[self.done :])
+        counts = self.clients.counts[..., self.done :]
+        return min(alike(row) for row in counts.reshape(-1, counts.shape[-1]))
 
     def peek(self, count: int) -> Slice:
         """The next `count` clients, which must be alike; `advance` takes them out."""
         with self.clock("data"):
             return self._peek(count)
 
-    def _peek(self, count: int) -> Slice:
-        c, first, last = self.clients, self.done, self.done + count
-        begin, _, plan, starts, sizes = self._drawn(first, last, count)
-        of, at = slice(first, last), slice(first - begin, last - begin)
-        largest, shortest = int(c.sizes[of].max()), int(c.counts[of].min())
-        steps, batch = int(c.counts[first]), min(self.work.batch_size or largest, largest)
-        inputs = Inputs(
-            self.states(c.ids[of]), plan.rows[at, :steps, :batch].contiguous(),
-            plan.mask[at, :steps, :batch].contiguous(), plan.steps[at], starts[at], sizes[at], c.keys[of], c.factor[of],
-            tuple(b.expand(count, *b.shape) for b in self.buffers),
-        )  # fmt: skip
-        return Slice(c.now[of], c.ids[of], c.counts[of], Bounds(shortest, largest), inputs)
-
     def advance(self, count: int) -> None:
         """Takes these many clients out."""
         self.done += count
 
-    def _drawn(self, first: int, last: int, count: int) -> tuple[int, int, Minibatches, Tensor, Tensor]:
+    def _peek(self, count: int) -> Slice:
+        c, first, last = self.clients, self.done, self.done + count
+        group = self._drawn(first, last, count)
+        of, at = np.s_[..., first:last], np.s_[..., first - group.first : last - group.first]
+        counts, largest = c.counts[of], int(c.sizes[of].max())
+        steps, batch = int(counts.max()), min(self.work.batch_size or largest, largest)
+        visits = (*at, slice(steps), slice(batch))
+        lead = counts.shape[:-1]
+        inputs = Inputs(
+            self.states(c.ids[of]), group.plan.rows[visits].contiguous(), group.plan.mask[visits].contiguous(),
+            group.plan.steps[at], group.starts[at], group.sizes[at], c.keys[of], c.factor[of],
+            tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
+        )  # fmt: skip
+        return Slice(c.now[of], c.ids[of], counts, Bounds(int(counts.min()), largest), inputs)
+
+    def _drawn(self, first: int, last: int, count: int) -> Group:
         """The group that holds these clients, its minibatches drawn."""
-        if self._group is None or not self._group[0] <= first < last <= self._group[1]:
-            c = self.clients
-            visits = int(c.counts[first]) * min(self.work.batch_size or int(c.sizes[first:].max()), int(c.sizes.max()))
+        if self._group is None or not self._group.first <= first < last <= self._group.last:
+            c, longest = self.clients, int(self.clients.sizes.max())
+            replicas = c.now.size // c.now.shape[-1]
+            visits = int(c.counts[..., first].max()) * min(self.work.batch_size or longest, longest) * replicas
             many = max(GROUP // visits, count) // count * count
             end = max(min(first + many, first + self.alike), last)
-            of, device = slice(first, end), c.keys.device
-            plan = minibatches(self.work, random.fold_in(c.keys[of], 0), c.starts[of], c.sizes[of])
+            of = np.s_[..., first:end]
+            shape, device = c.now[of].shape, c.keys.device
+            keys = random.fold_in(c.keys[of].reshape(-1), 0)
+            plan = minibatches(self.work, keys, c.starts[of].reshape(-1), c.sizes[of].reshape(-1))
+            if len(shape) > 1:
+                rows, mask, steps = (t.unflatten(0, shape) for t in (plan.rows, plan.mask, plan.steps))
+                plan = Minibatches(rows, mask, steps, plan.shortest)
             starts, sizes = (torch.from_numpy(a[of]).to(device) for a in (c.starts, c.sizes))
-            self._group = first, end, plan, starts, sizes
+            self._group = Group(first, end, plan, starts, sizes)
         return self._group

@@ -1,6 +1,6 @@
 """The cohort's sums: every message, buffer and report of a round, added chunk by chunk and reduced at once.
 
-Letters: C clients in a chunk, S a cohort.
+Letters: C clients in a chunk, S a cohort. With replicas, sums and reports have an axis R before all others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def layout(results: Results) -> Layout:
     """The layout of a chunk's stacked results."""
     message, _, metrics = results
     leaves, structure = pytree.tree_flatten(message.payload)
-    payload, buffers = ([leaf[0].detach().to("meta") for leaf in part] for part in (leaves, metrics.buffers))
+    first = (0,) * message.weight.dim()  # [C] or [R, C]
+    payload, buffers = ([leaf[first].detach().to("meta") for leaf in part] for part in (leaves, metrics.buffers))
     return Layout(structure, payload, buffers, tuple(metrics.extra))
 
 
@@ -53,10 +54,11 @@ class Sums(NamedTuple):
     weight: Tensor  # [1] Σ w
 
 
-def zeros(sizes: list[int], dtype: torch.dtype, device: torch.device) -> Sums:
+def zeros(sizes: list[int], dtype: torch.dtype, device: torch.device, replicas: int | None = None) -> Sums:
     """The sums over no client at all."""
-    return Sums([torch.zeros(n, dtype=dtype, device=device) for n in sizes],
-                torch.zeros(1, dtype=dtype, device=device))  # fmt: skip
+    lead = () if replicas is None else (replicas,)
+    parts = [torch.zeros(*lead, n, dtype=dtype, device=device) for n in (*sizes, 1)]
+    return Sums(parts[:-1], parts[-1])
 
 
 def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[Sums, Tensor]:
@@ -86,7 +88,7 @@ def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[
 
 
 class Received(NamedTuple):
-    """What the all-reduce brought to every rank."""
+    """What the all-reduce brought to every rank; all of it [R, ...] with replicas."""
 
     mean: Mean | None  # None: no weight came in, as from a cohort without data or whose clients were all dropped
     buffers: tuple[Tensor, ...]  # the clients' module buffers, averaged by their weights; empty without any weight
@@ -95,7 +97,7 @@ class Received(NamedTuple):
     gradients: np.ndarray  # [S] sample-gradients
     bits: np.ndarray  # [S] uplink
     finite: np.ndarray  # [S] bool; false also for a client without data
-    extra: dict[str, float]  # the algorithm's own client metrics, averaged by weight
+    extra: dict[str, np.ndarray]  # [] each: the algorithm's own client metrics, averaged by weight
     stopping: bool  # some rank asked to stop
 
 
@@ -106,32 +108,35 @@ def reduce(
 
     `reports` are this rank's, each with its clients' positions in the cohort of S. Every rank calls it once a round.
     """
-    dtype, device = sums.weight.dtype, sums.weight.device
-    report = torch.zeros(cohort, len(REPORT), dtype=dtype, device=device)
+    lead, dtype, device = sums.weight.shape[:-1], sums.weight.dtype, sums.weight.device
+    report = torch.zeros(*lead, cohort, len(REPORT), dtype=dtype, device=device)
     if reports:
-        at = torch.from_numpy(np.concatenate([now for now, _ in reports])).to(device)
-        report[at] = torch.cat([rows for _, rows in reports]).to(dtype)
-    flag = torch.full((1,), float(stop), dtype=dtype, device=device)
+        at = torch.from_numpy(np.concatenate([now for now, _ in reports], axis=-1)).to(device)
+        rows = torch.cat([rows for _, rows in reports], dim=-2).to(dtype)
+        report.scatter_(-2, at[..., None].expand(rows.shape), rows)
+    flag = torch.full((*lead, 1), float(stop), dtype=dtype, device=device)
+    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, flag, report.flatten(-2)], dim=-1))
     sizes = like.sizes if like else []
-    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, flag, report.flatten()]))
-    *parts, weight, stopping, report = flat.split([*sizes, 1, 1, report.numel()])
+    *parts, weight, stopping, report = flat.split([*sizes, 1, 1, cohort * len(REPORT)], dim=-1)
     scale = torch.where(weight > 0, 1 / weight, 0)
     names = like.extra if like else ()
     means = [part * scale for part in parts]
     # Reading these numbers waits for the device.
-    numbers = torch.cat([report, stopping, weight, *means[len(means) - len(names) :]]).to("cpu", torch.float64).numpy()
-    rows, numbers = numbers[: report.numel()].reshape(cohort, len(REPORT)), numbers[report.numel() :]
-    loss, examples, gradients, high, low, finite = rows.T
+    read = torch.cat([stopping, weight, *means[len(means) - len(names) :], report], dim=-1)
+    numbers = read.to("cpu", torch.float64).numpy()
+    rows = numbers[..., len(names) + 2 :].reshape(*lead, cohort, len(REPORT))
+    loss, examples, gradients, high, low, finite = np.moveaxis(rows, -1, 0)
     mean, buffers = None, ()
-    if like and numbers[1] > 0:
-        shaped = [m.reshape(p.shape) for m, p in zip(means, (*like.payload, *like.buffers), strict=False)]
+    if like and (numbers[..., 1] > 0).any():
+        shaped = [m.reshape((*lead, *p.shape)) for m, p in zip(means, (*like.payload, *like.buffers), strict=False)]
         n = len(like.payload)
         payload = [m.to(p.dtype) for m, p in zip(shaped[:n], like.payload, strict=True)]
-        clients = report.view(cohort, -1)[:, -1].sum()
-        mean = Mean(pytree.tree_unflatten(payload, like.structure), weight.reshape(()), clients)
+        clients = report.unflatten(-1, (cohort, len(REPORT)))[..., -1].sum(-1)
+        mean = Mean(pytree.tree_unflatten(payload, like.structure), weight[..., 0], clients)
         buffers = tuple(
             (m if b.is_floating_point() else m.round()).to(b.dtype)
             for m, b in zip(shaped[n:], like.buffers, strict=True)
         )
-    return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0,
-                    dict(zip(names, numbers[2:].tolist(), strict=True)), bool(numbers[0] > 0))  # fmt: skip
+    extra = {name: numbers[..., 2 + i] for i, name in enumerate(names)}
+    return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0, extra,
+                    bool((numbers[..., 0] > 0).any()))  # fmt: skip

@@ -25,6 +25,7 @@ class Sampler(NamedTuple):
 
     draw: Callable[[Tensor], Cohort]  # key [] → cohort
     distinct: bool  # no client can come twice; algorithms with client state need that
+    fixed_size: bool = True  # every cohort has as many clients; replicas need that
 
 
 Amount = str | int | float
@@ -100,7 +101,7 @@ def poisson(*, amount: Amount, offsets: np.ndarray) -> Sampler:
         count = generator.binomial(population, q)
         return _plain(generator.choice(population, count, replace=False, shuffle=False))
 
-    return Sampler(draw, True)
+    return Sampler(draw, True, False)
 
 
 def fixed(*ids: int, amount: Amount, offsets: np.ndarray) -> Sampler:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from vfl.base import Algorithm
@@ -56,13 +57,14 @@ def rounds(
     """Plays rounds and yields (state, metrics) after each, until `rounds` are done or `stop()` is true on some rank.
 
     `state` continues an earlier run; every other keyword goes to `vfl.Engine` (clients_per_round, sampling, execution,
-    chunk, client_state, on_nonfinite, profile, ranks). Metrics, by name: `round`; `train_loss` (mean over the examples
-    that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
+    chunk, client_state, on_nonfinite, profile, replicas, ranks). Metrics, by name: `round`; `train_loss` (mean over the
+    examples that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
     `evaluation`; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
     `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
     evaluation; `memory` where evaluated and the system tells: the most bytes in use, on a GPU since it was last
     reported, else by the process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the
-    phases of `vfl.profiling`. Raises UsageError, DivergedError, ClientError.
+    phases of `vfl.profiling`. With `replicas`, R runs of the seeds seed … seed + R − 1 at once: each metric's mean, its
+    `<name>_std`, and in `replicas` each run's own. Raises UsageError, DivergedError, ClientError.
     """
     player = make_engine(
         algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
@@ -101,19 +103,44 @@ def play(
     while state.round < rounds:
         before = state.totals
         state, metrics = engine.play(state, rounds, stop)
-        metrics |= {f"round_{name}": metrics[name] - getattr(before, name) for name in ("bits_up", "bits_down")}
+        for name in ("bits_up", "bits_down"):
+            metrics[f"round_{name}"] = (np.asarray(metrics[name]) - np.asarray(getattr(before, name))).tolist()
         stopping = metrics.pop("stopping")
         last = stopping or state.round == rounds
         with engine.clock("evaluation"):
-            found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
+            if engine.replicas is None:
+                found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
+            else:
+                each = [state.replica(r) for r in range(engine.replicas)]
+                found = stacked([scores(engine.task, engine.data, one, evaluation, last) for one in each])
         metrics |= {name: seconds for name, seconds in engine.clock.read().items() if seconds}
         # Asking for it takes a tenth of a millisecond, so only where an evaluation takes its time anyway.
         if _due(evaluation.every, state, last) and (peak := memory.peak()) is not None:
             metrics["memory"] = peak
             memory.used()  # on a GPU, a new measurement begins
-        yield state, metrics | found
+        yield state, metrics | found if engine.replicas is None else summarized(metrics | found, engine.replicas)
         if stopping:
             return
+
+
+def stacked(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """One list a name, of the rows' values."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def summarized(metrics: RoundMetrics, replicas: int) -> RoundMetrics:
+    """Metrics with a list over replicas replaced by its mean and, as `<name>_std`, its standard deviation.
+
+    The deviation is that of a sample (n − 1), 0 for one replica; each replica's own numbers are in `replicas`.
+    """
+    several = {name: value for name, value in metrics.items() if isinstance(value, list)}
+    same = {"clients": metrics["clients"]}
+    summary: RoundMetrics = {name: value for name, value in metrics.items() if name not in several}
+    for name, values in several.items():
+        summary[name] = float(np.mean(values))
+        summary[f"{name}_std"] = float(np.std(values, ddof=1)) if replicas > 1 else 0.0
+    summary["replicas"] = [{name: values[r] for name, values in several.items()} | same for r in range(replicas)]
+    return summary
 
 
 def simulate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,3 +83,50 @@ class Store:
                 grown = rows.new_empty((max(count, 2 * len(rows)), *rows.shape[1:]))
                 grown[: len(rows)] = rows
                 self._rows[n] = grown
+
+
+_REPLICA = 2**40  # above any client's number: a client of replica r is r · _REPLICA + its number in a checkpoint
+
+
+class Stores:
+    """The client states of R replicas, each in a store of its own."""
+
+    def __init__(self, each: list[Store]) -> None:
+        self.each = each
+
+    @property
+    def empty(self) -> bool:
+        """Whether clients of this algorithm keep nothing at all."""
+        return self.each[0].empty
+
+    @property
+    def round(self) -> int:
+        """Rounds whose states they hold."""
+        return self.each[0].round
+
+    @round.setter
+    def round(self, round: int) -> None:
+        for store in self.each:
+            store.round = round
+
+    @property
+    def template(self) -> Tree:
+        """The clients' first states [R, ...]."""
+        return tree_map(lambda *leaves: torch.stack(leaves), *(store.template for store in self.each))
+
+    @template.setter
+    def template(self, stacked: Tree) -> None:
+        for r, store in enumerate(self.each):
+            store.template = tree_map(operator.itemgetter(r), stacked)
+
+    def rows(self) -> tuple[np.ndarray, list[Tensor]]:
+        """Every replica's rows, one replica after the other."""
+        found = [store.rows() for store in self.each]
+        ids = np.concatenate([r * _REPLICA + ids for r, (ids, _) in enumerate(found)])
+        return ids, [torch.cat(parts) for parts in zip(*(rows for _, rows in found), strict=True)]
+
+    def load(self, ids: np.ndarray, states: list[Tensor], rank: int, world: int) -> None:
+        """Takes over saved rows."""
+        for r, store in enumerate(self.each):
+            mine = np.flatnonzero(ids // _REPLICA == r)
+            store.load(ids[mine] % _REPLICA, [s[mine] for s in states], rank, world)

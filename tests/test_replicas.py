@@ -1,0 +1,95 @@
+"""Replicas: runs that differ in their seeds alone, computed together, are those runs."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import ALGORITHMS, every_algorithm, federated, norm_and_dropout, regression
+
+import vfl
+from vfl.engine import Engine
+from vfl.simulate import make_engine
+
+NEAR = {"rtol": 1e-9, "atol": 1e-9}
+OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 3}
+SIZES = [3, 7, 5, 9, 2, 4, 8, 6]  # every client has examples
+
+
+def together(algorithm, task, data, replicas, rounds, **options):
+    """The states after each round and the metrics of R replicas."""
+    return list(vfl.rounds(algorithm, task, data, rounds, seed=5, replicas=replicas, **OPTIONS, **options))
+
+
+@every_algorithm
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_each_replica_equals_the_run_of_its_seed_alone(algorithm, execution):
+    task, data = regression(), federated(SIZES)
+    played = together(algorithm, task, data, 3, 3, execution=execution)
+    for r in range(3):
+        alone = list(vfl.rounds(algorithm, task, data, 3, seed=5 + r, execution="vmap", **OPTIONS))
+        for (state, metrics), (wanted, expected) in zip(played, alone, strict=True):
+            mine = state.replica(r)
+            torch.testing.assert_close(list(vfl.base.leaves(mine.server)), list(vfl.base.leaves(wanted.server)), **NEAR)
+            ids, rows = mine.store.rows()
+            wanted_ids, wanted_rows = wanted.store.rows()
+            assert ids.tolist() == wanted_ids.tolist()
+            torch.testing.assert_close(rows, wanted_rows, **NEAR)
+            for name in ("train_loss", "bits_up", "bits_down", "gradients", "test_loss", "test_accuracy"):
+                np.testing.assert_allclose(metrics["replicas"][r][name], expected[name], rtol=1e-9, err_msg=name)
+            assert metrics["replicas"][r].keys() == set(expected) - {"chunk", "execution", "seconds", "memory", "round"}
+
+
+def test_replicas_with_batch_norm_and_dropout_equal_their_runs_alone():
+    task, data = norm_and_dropout(), federated(SIZES)
+    state, _ = together(ALGORITHMS["fedavg"], task, data, 2, 3, execution="vmap")[-1]
+    for r in range(2):
+        wanted = vfl.simulate(ALGORITHMS["fedavg"], task, data, 3, seed=5 + r, execution="vmap", **OPTIONS).state
+        torch.testing.assert_close(state.server.x[r], wanted.server.x, **NEAR)
+        torch.testing.assert_close([b[r] for b in state.buffers], list(wanted.buffers), **NEAR)
+
+
+def test_a_round_reports_the_mean_and_the_standard_deviation_over_replicas():
+    _, metrics = together(ALGORITHMS["fedavg"], regression(), federated(SIZES), 4, 2, execution="vmap")[-1]
+    values = [row["train_loss"] for row in metrics["replicas"]]
+    assert len(set(values)) == 4
+    assert metrics["train_loss"] == pytest.approx(np.mean(values))
+    assert metrics["train_loss_std"] == pytest.approx(np.std(values, ddof=1))
+    assert metrics["round"] == 2
+
+
+def test_a_traced_program_of_replicas_gives_the_results_of_vmap(monkeypatch):
+    monkeypatch.setattr(vfl.execute, "compile_graph", lambda graph, inputs: graph)
+    task, data = regression(), federated(SIZES)
+    wanted, _ = together(ALGORITHMS["scaffold-option=2"], task, data, 3, 4, execution="vmap")[-1]
+    found, metrics = together(ALGORITHMS["scaffold-option=2"], task, data, 3, 4, execution="compile")[-1]
+    assert metrics["execution"] == "compile"
+    torch.testing.assert_close(found.server.x, wanted.server.x, **NEAR)
+
+
+def test_replicas_may_start_from_models_of_their_own():
+    task, data = regression(), federated(SIZES)
+    player = make_engine(ALGORITHMS["fedavg"], task, data, replicas=2, execution="vmap", **OPTIONS)
+    start = torch.stack([task.x, task.x + 1])
+    state, _ = player.play(player.init(5, start))
+    one = make_engine(ALGORITHMS["fedavg"], task, data, execution="vmap", **OPTIONS)
+    wanted, _ = one.play(one.init(6, start[1]))
+    torch.testing.assert_close(state.server.x[1], wanted.server.x, **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"replicas": 0}, "replicas must be at least 1, not 0"),
+        ({"replicas": 2, "sampling": "poisson"}, "replicas need cohorts of one size"),
+        ({"replicas": 2, "ranks": vfl.Ranks(0, 2)}, "replicas run on one rank"),
+    ],
+)
+def test_what_replicas_cannot_do_is_refused(changed, says):
+    task = regression()
+    algorithm = ALGORITHMS["fedavg"].build(task, 8)
+    with pytest.raises(vfl.UsageError, match=says):
+        Engine(algorithm, task, federated(SIZES), clients_per_round=4, **changed)
+
+
+def test_replicas_need_every_client_to_have_examples():
+    with pytest.raises(vfl.UsageError, match="every client to have examples"):
+        together(ALGORITHMS["fedavg"], regression(), federated([3, 0, 5, 6]), 2, 1)
