@@ -100,8 +100,12 @@ def state_numbers(state: vfl.State) -> Numbers:
 
 
 def numbers_of(state: vfl.State, history: list[dict[str, Any]]) -> Numbers:
-    """A run's state, and its metrics as series over the rounds but for those that describe the machine."""
-    names = {name for metrics in history for name in metrics} - {"seconds", "chunk", "execution", "memory"}
+    """A run's state, and its metrics as series over the rounds but for those that describe the machine.
+
+    A round's own bits are left out too: they are the differences of the bits so far.
+    """
+    left_out = {"seconds", "chunk", "execution", "memory", "round_bits_up", "round_bits_down"}
+    names = {name for metrics in history for name in metrics} - left_out
     series = {f"metric.{name}": np.array([m.get(name, np.nan) for m in history]) for name in sorted(names)}
     return state_numbers(state) | series
 

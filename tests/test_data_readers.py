@@ -279,4 +279,4 @@ def test_the_real_files_hold_what_is_known_of_them(name: str) -> None:
 
 
 def test_every_reader_is_tested_here_or_with_the_data_sets() -> None:
-    assert set(DATASETS) == {*REAL, "digits", "synthetic"}
+    assert set(DATASETS) == {*REAL, "digits", "synthetic", "fedprox_synthetic", "quadratic", "libsvm"}

@@ -99,7 +99,6 @@ def test_a_dropped_client_is_counted_and_counts_for_nothing(algorithm):
     assert not wanted.pop("metric.dropped").any()
     for name in ("metric.bits_up", "metric.gradients"):  # it worked and sent
         assert dropped.pop(name)[-1] > wanted.pop(name)[-1]
-    assert ((dropped.pop("metric.round_bits_up") > wanted.pop("metric.round_bits_up")) == drawn).all()
     assert_same(dropped, wanted, 1e-12)
 
 
