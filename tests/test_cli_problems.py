@@ -143,3 +143,9 @@ def test_data_show_gives_the_constants_of_a_linear_problem(here, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "L 3 L̃, √(mean Lᵢ²) " in said and "μ 1 f* " in said
     assert f"f* {problem.solution.value:.6g} ‖x*‖ {np.linalg.norm(problem.solution.x):.6g}" in said
+
+
+def test_the_objective_is_measured_in_single_precision_too(here):
+    options = ("--data", "quadratic:dim=4", "--clients", 3, "--clients-per-round", "all", "--batch-size", "all")
+    assert vfl("fedavg", *options, "--rounds", 2, "--metrics", "grad_norm", "--dtype", "float32", "--out", "r") == 0
+    assert all(row["grad_norm"] > 0 for row in metrics(here / "r"))

@@ -1,5 +1,7 @@
 """Replicas: runs that differ in their seeds alone, computed together, are those runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ from helpers import ALGORITHMS, every_algorithm, federated, norm_and_dropout, re
 
 import vfl
 from vfl.engine import Engine
+from vfl.replicas import parse_grid
 from vfl.simulate import make_engine
 
 NEAR = {"rtol": 1e-9, "atol": 1e-9}
 OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 3}
+OF_THE_RUN = ("chunk", "execution", "seconds", "memory", "round")  # not of one replica
 SIZES = [3, 7, 5, 9, 2, 4, 8, 6]  # every client has examples
 
 
@@ -35,7 +39,7 @@ def test_each_replica_equals_the_run_of_its_seed_alone(algorithm, execution):
             torch.testing.assert_close(rows, wanted_rows, **NEAR)
             for name in ("train_loss", "bits_up", "bits_down", "gradients", "test_loss", "test_accuracy"):
                 np.testing.assert_allclose(metrics["replicas"][r][name], expected[name], rtol=1e-9, err_msg=name)
-            assert metrics["replicas"][r].keys() == set(expected) - {"chunk", "execution", "seconds", "memory", "round"}
+            assert metrics["replicas"][r].keys() - {"replica"} == set(expected) - set(OF_THE_RUN)
 
 
 def test_replicas_with_batch_norm_and_dropout_equal_their_runs_alone():
@@ -73,6 +77,41 @@ def test_replicas_may_start_from_models_of_their_own():
     one = make_engine(ALGORITHMS["fedavg"], task, data, execution="vmap", **OPTIONS)
     wanted, _ = one.play(one.init(6, start[1]))
     torch.testing.assert_close(state.server.x[1], wanted.server.x, **NEAR)
+
+
+@every_algorithm
+def test_each_replica_of_a_grid_equals_the_run_with_its_step_sizes(algorithm):
+    task, data = regression(), federated(SIZES)
+    grid = vfl.Replication(2, {"server_lr": (0.5, 0.1), "local_lr": (0.02, 0.05)})
+    state, metrics = together(algorithm, task, data, grid, 3, execution="vmap")[-1]
+    assert len(grid.settings()) == len(metrics["replicas"]) == 8
+    for r, setting in enumerate(grid.settings()):
+        values = {name: setting[name] for name in grid.grid}
+        alone = dataclasses.replace(algorithm, **values)
+        seed = 5 + setting["replica"]
+        wanted = vfl.simulate(alone, task, data, 3, seed=seed, execution="vmap", **OPTIONS).state
+        torch.testing.assert_close(state.server.x[r], wanted.server.x, **NEAR)
+        assert values.items() <= metrics["replicas"][r].items()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mu=0.1", "a grid varies local-lr or server-lr, not mu"),
+        ("server-lr=0.1,-1", "a grid of server-lr needs finite numbers ≥ 0"),
+        ("server-lr", "is not like server-lr=0.1,0.2,0.5"),
+        ("server-lr=a", "is not like server-lr=0.1,0.2,0.5"),
+        ("server-lr=0.1;", "is not like server-lr=0.1,0.2,0.5"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(text, says):
+    with pytest.raises(vfl.UsageError, match=says):
+        vfl.Replication(1, parse_grid(text)).check()
+
+
+def test_a_grid_is_read_from_text():
+    assert parse_grid("server-lr=0.1,0.2; local-lr=1") == {"server_lr": (0.1, 0.2), "local_lr": (1.0,)}
+    assert parse_grid(None) == {}
 
 
 @pytest.mark.parametrize(

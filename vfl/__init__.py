@@ -21,6 +21,7 @@ from vfl.local import Batches, Work, descend, float_bits, full_gradient, message
 from vfl.optimizers import Optimizer, clip_norm, optimizer
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
+from vfl.replicas import Replication
 from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
@@ -50,6 +51,7 @@ __all__ = [
     "Optimizer",
     "Ranks",
     "Regularizer",
+    "Replication",
     "Result",
     "Sampler",
     "Schedule",

@@ -30,6 +30,7 @@ from vfl.local import Work, keep_where
 from vfl.profiling import Clock
 from vfl.queue import Clients, Queue
 from vfl.reduce import reduce
+from vfl.replicas import Replication, with_values
 from vfl.samplers import Amount, Sampler, sampler
 from vfl.store import Store, Stores
 from vfl.task import Task
@@ -83,7 +84,7 @@ class Engine:
         client_state: Literal["device", "host"] = "device",
         on_nonfinite: Literal["stop", "drop"] = "stop",
         profile: bool = False,
-        replicas: int | None = None,
+        replicas: int | Replication | None = None,
         ranks: Ranks = Ranks(),
     ) -> None:
         work.check()
@@ -94,11 +95,13 @@ class Engine:
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         self.clock = Clock(profile, self.device)
-        self.replicas = replicas
-        if replicas is not None:
-            self._check_replicas(replicas)
-        problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop, replicas)
-        kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world} {replicas}"
+        self.replicas = Replication(replicas) if isinstance(replicas, int) else replicas
+        count = None
+        if self.replicas is not None:
+            self._check_replicas(self.replicas)
+            count = len(self.replicas.settings())
+        problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop, count)
+        kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world} {count}"
         self.executor = Executor(
             problem, execution, parse_chunk(chunk), task.x, self.place, batch_bytes=self._batch_bytes(), work=kind
         )
@@ -106,18 +109,21 @@ class Engine:
     def init(self, seed: int, x: Tensor | None = None) -> State:
         """The state before the first round, from the model x [D], or the task's.
 
-        With replicas x is [R, D], or one model for all, and replica r has the seed seed + r.
+        With replicas x is [R, D], or one model for all; their seeds are counted from `seed`.
         """
         buffers, x = self.task.buffers, self.task.x if x is None else x
         if self.replicas is None:
             store = self._store(x)
             return State(0, random.key(seed), self.algorithm.init_server(x), buffers, store, Totals())
-        keys = torch.stack([random.key(seed + r) for r in range(self.replicas)])
-        x, *buffers = (t.expand(self.replicas, *t.shape[-d:] if d else ()).clone()
-                       for t, d in ((x, 1), *((b, b.dim()) for b in buffers)))  # fmt: skip
-        store = Stores([self._store(start) for start in x])
-        none = [0.0] * self.replicas
-        return State(0, keys, vmap(self.algorithm.init_server)(x), tuple(buffers), store, Totals(none, none, none))
+        settings = self.replicas.settings()
+        keys = torch.stack([random.key(seed + int(setting["replica"])) for setting in settings])
+        x = x.expand(len(settings), x.shape[-1]).clone()
+        server = vmap(self.algorithm.init_server)(x)
+        if self.replicas.grid:
+            server = with_values(server, settings)
+        buffers = tuple(b.expand(len(settings), *b.shape).clone() for b in buffers)
+        none = [0.0] * len(settings)
+        return State(0, keys, server, buffers, Stores([self._store(start) for start in x]), Totals(none, none, none))
 
     def _store(self, x: Tensor) -> Store:
         store = Store(self.algorithm.init_client(x), self.place)
@@ -126,9 +132,8 @@ class Engine:
                              "use --sampling uniform, poisson or fixed")  # fmt: skip
         return store
 
-    def _check_replicas(self, replicas: int) -> None:
-        if replicas < 1:
-            raise UsageError(f"replicas must be at least 1, not {replicas}")
+    def _check_replicas(self, replicas: Replication) -> None:
+        replicas.check()
         if self.ranks.world > 1:
             raise UsageError("replicas run on one rank; give each rank seeds of its own, or leave --replicas out")
         if not self.sampler.fixed_size:

@@ -56,6 +56,8 @@ class Score(NamedTuple):
 
 def score(name: str) -> Score | None:
     """The score that a metric's name means; None for all other metrics."""
+    if name.endswith("_std"):  # over replicas
+        return None
     match = re.fullmatch(r"(train|test|validation)_(\w+)", name)
     return Score(*match.groups()) if match else Score("", name) if name in OBJECTIVE else None
 
@@ -117,6 +119,10 @@ def learning_curves(
                 style: dict[str, Any] = {"color": color, "alpha": alpha, "linewidth": width, "zorder": order}
                 marker = "o" if len(x) <= _FEW else None
                 axes.plot(x, y, linestyle=_STYLES[split], marker=marker, markersize=3, **style)
+                at, deviations = series(rows, f"{name}_std", x_axis)
+                if at == x:  # mean ± one standard deviation over replicas
+                    low, high = ([v + sign * d for v, d in zip(y, deviations, strict=True)] for sign in (-1, 1))
+                    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0, zorder=1)
         _dress(axes, quantity, x_axis, log)
 
     runs = {} if alone else colors

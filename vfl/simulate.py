@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from vfl.distributed import Ranks
 from vfl.engine import Engine, RoundMetrics, State
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
 from vfl.local import Work
+from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
 
@@ -63,8 +64,10 @@ def rounds(
     `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
     evaluation; `memory` where evaluated and the system tells: the most bytes in use, on a GPU since it was last
     reported, else by the process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the
-    phases of `vfl.profiling`. With `replicas`, R runs of the seeds seed … seed + R − 1 at once: each metric's mean, its
-    `<name>_std`, and in `replicas` each run's own. Raises UsageError, DivergedError, ClientError.
+    phases of `vfl.profiling`. With `replicas`, a count R or a `vfl.Replication`, runs of R seeds from `seed` on: each
+    metric's mean, its `<name>_std`, and in `replicas` each run's own.
+
+    Raises UsageError, DivergedError, ClientError.
     """
     player = make_engine(
         algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
@@ -85,7 +88,12 @@ def make_engine(
 ) -> Engine:
     """The engine of an experiment; the keywords are those of `rounds`."""
     if not isinstance(algorithm, Algorithm):
-        algorithm = algorithm.build(task, data.clients.population)
+        population, replicas = data.clients.population, engine.get("replicas")
+        if isinstance(replicas, Replication) and replicas.grid:
+            replicas.check()
+            algorithm = over_grid(algorithm, task, population, list(replicas.grid))
+        else:
+            algorithm = algorithm.build(task, population)
     return Engine(algorithm, task, data, work=Work(batch_size, local_epochs, local_steps), **engine)
 
 
@@ -111,36 +119,17 @@ def play(
             if engine.replicas is None:
                 found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
             else:
-                each = [state.replica(r) for r in range(engine.replicas)]
+                each = [state.replica(r) for r in range(len(engine.replicas.settings()))]
                 found = stacked([scores(engine.task, engine.data, one, evaluation, last) for one in each])
         metrics |= {name: seconds for name, seconds in engine.clock.read().items() if seconds}
         # Asking for it takes a tenth of a millisecond, so only where an evaluation takes its time anyway.
         if _due(evaluation.every, state, last) and (peak := memory.peak()) is not None:
             metrics["memory"] = peak
             memory.used()  # on a GPU, a new measurement begins
-        yield state, metrics | found if engine.replicas is None else summarized(metrics | found, engine.replicas)
+        metrics |= found
+        yield state, metrics if engine.replicas is None else summarized(metrics, engine.replicas)
         if stopping:
             return
-
-
-def stacked(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """One list a name, of the rows' values."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def summarized(metrics: RoundMetrics, replicas: int) -> RoundMetrics:
-    """Metrics with a list over replicas replaced by its mean and, as `<name>_std`, its standard deviation.
-
-    The deviation is that of a sample (n − 1), 0 for one replica; each replica's own numbers are in `replicas`.
-    """
-    several = {name: value for name, value in metrics.items() if isinstance(value, list)}
-    same = {"clients": metrics["clients"]}
-    summary: RoundMetrics = {name: value for name, value in metrics.items() if name not in several}
-    for name, values in several.items():
-        summary[name] = float(np.mean(values))
-        summary[f"{name}_std"] = float(np.std(values, ddof=1)) if replicas > 1 else 0.0
-    summary["replicas"] = [{name: values[r] for name, values in several.items()} | same for r in range(replicas)]
-    return summary
 
 
 def simulate(

@@ -92,7 +92,7 @@ def logistic(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error an example [B], summed over the outputs."""
-    return 0.5 * _by_example((outputs - targets.reshape(outputs.shape)).square(), outputs).sum(1)
+    return 0.5 * _by_example((outputs - targets.reshape(outputs.shape).to(outputs.dtype)).square(), outputs).sum(1)
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

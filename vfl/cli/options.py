@@ -14,6 +14,7 @@ from vfl.algorithms import load_algorithm
 from vfl.cli.arguments import flag, parse
 from vfl.errors import UsageError, unknown
 from vfl.regularizers import regularizer
+from vfl.replicas import Replication, parse_grid
 from vfl.runs import CONFIG, is_run, read_config
 from vfl.training import AlgorithmConfig
 
@@ -60,6 +61,14 @@ class RunOptions:
     """Local minibatch steps in a round, in place of --local-epochs."""
     seed: int = 0
     """Seed of every random draw: data split, model, cohorts, minibatches. A whole number from 0."""
+    data_seed: Annotated[int | None, _default("--seed")] = None
+    """Seed of the data and its split alone."""
+    replicas: Annotated[int | None, _default("one run")] = None
+    """Play so many runs at once, of the seeds from --seed on, all on the data of --data-seed; metrics are their means
+    and standard deviations, and each run's own."""
+    grid: Annotated[str | None, _default("none")] = None
+    """Play runs of several step sizes at once, as replicas: server-lr=0.1,0.2,0.5 or local-lr=0.01,0.1, or both with ;
+    between them."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     ranks: str = "1"
@@ -106,8 +115,10 @@ class RunOptions:
             if value is not None and not least <= value < _MANY:
                 bound = f"at least {least}" if value < least else f"below {_MANY}"
                 raise UsageError(f"{flag(name)} must be {bound}, not {value}")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be a whole number from 0 to 2^63 − 1, not {self.seed}")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**63:
+                raise UsageError(f"{flag(name)} must be a whole number from 0 to 2^63 − 1, not {value}")
         for name in ("validation", "held_out"):
             value = getattr(self, name)
             if not (0 <= value < 1 and math.isfinite(value)):
@@ -115,8 +126,17 @@ class RunOptions:
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
         self.examples_per_batch()
+        self.replication()
         self.wanted_ranks()
         regularizer(self.regularizer)
+
+    def replication(self) -> Replication | None:
+        """The runs that are played at once; None: one."""
+        if self.replicas is None and self.grid is None:
+            return None
+        chosen = Replication(1 if self.replicas is None else self.replicas, parse_grid(self.grid))
+        chosen.check()
+        return chosen
 
     def examples_per_batch(self) -> int | None:
         """The batch size as a number; None: all of a client's examples."""

@@ -34,6 +34,7 @@ from vfl.plots import score
 from vfl.problems import LinearProblem
 from vfl.profiling import summary, traced
 from vfl.regularizers import regularizer
+from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import Evaluation, make_engine, play
 from vfl.spec import parse
 from vfl.task import Loss, Task, cross_entropy, logistic, squared_error, task
@@ -58,24 +59,28 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     options = call.options
+    data_seed = options.seed if options.data_seed is None else options.data_seed
     data = federated(
-        options.data, partition=options.partition, clients=options.clients, seed=options.seed, root=options.data_root,
+        options.data, partition=options.partition, clients=options.clients, seed=data_seed, root=options.data_root,
         validation=options.validation, held_out=options.held_out,
     )  # fmt: skip
     if options.model == "auto":  # the configuration names the model that was trained
         options = dataclasses.replace(options, model=data.model)
         call = call._replace(options=options)
     learning = make_task(call, data, device)
-    algorithm = call.algorithm.build(learning, data.clients.population)
+    replicas, x = options.replication(), learning.x
+    if replicas is not None:  # each has a model of its own seed
+        models = {s: make_task(call, data, device, options.seed + s).x for s in range(replicas.seeds)}
+        x = torch.stack([models[int(setting["replica"])] for setting in replicas.settings()])
     engine = make_engine(
-        algorithm, learning, data, batch_size=options.examples_per_batch(), local_epochs=options.local_epochs,
+        call.algorithm, learning, data, batch_size=options.examples_per_batch(), local_epochs=options.local_epochs,
         local_steps=options.local_steps, clients_per_round=options.clients_per_round, sampling=options.sampling,
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
-        on_nonfinite=options.on_nonfinite, profile=options.profile, ranks=ranks,
+        on_nonfinite=options.on_nonfinite, profile=options.profile, replicas=replicas, ranks=ranks,
     )  # fmt: skip
     when = Evaluation(options.eval_every, options.client_eval_every, options.chosen_metrics())
     check_metrics(when.metrics, learning)
-    folder, start = _open(call, engine.init(options.seed), device, ranks)
+    folder, start = _open(call, engine.init(options.seed, x), device, ranks)
     state = start
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
@@ -164,8 +169,8 @@ def _launch() -> str | None:
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
 
 
-def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
-    """The model, drawn from the seed, with the loss that the data asks for, and the regularizer.
+def make_task(call: Call, data: FederatedData, device: torch.device, seed: int | None = None) -> Task:
+    """The model, drawn from the seed (--seed), with the loss that the data asks for, and the regularizer.
 
     The loss is half the squared error for numbers as targets, the logistic loss for two classes and a model with one
     output, else cross-entropy. Raises UsageError when the model cannot take the data's inputs or its outputs do not fit
@@ -175,7 +180,7 @@ def make_task(call: Call, data: FederatedData, device: torch.device) -> Task:
     if "" not in sys.path:
         sys.path.insert(0, "")  # `module:factory` may lie in the current folder
     with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed if seed is None else seed)
         module = model(options.model, tuple(data.clients.x.shape[1:]), data.classes)
     penalty = regularizer(options.regularizer)
     loss = _loss(module, data, options.model)
@@ -235,20 +240,27 @@ def _recording(folder: Path, rounds: int, ranks: Ranks) -> Iterator[Callable[[di
         file.close()
 
 
+def _score(name: str, value: float, std: float | None) -> str:
+    """A metric in words, with its deviation over replicas."""
+    write = (lambda v: f"{v:.2%}") if "accuracy" in name else shown
+    return f"{name.replace('_', ' ')} {write(value)}" + ("" if std is None else f" ± {write(std)}")
+
+
 def _report(call: Call, folder: Path, done: int) -> None:
     """Draws the curves, and says how the run ended and where everything is."""
     history, wanted = runs.read_metrics(folder), call.options.rounds
     try:
         from vfl.plots import learning_curves
 
-        plot = str(learning_curves({call.name: history}, folder / runs.CURVES))
+        grid = parse_grid(call.options.grid)
+        curves = by_setting(history, list(grid)) if grid else {call.name: history}
+        plot = str(learning_curves(curves, folder / runs.CURVES))
     except UsageError as error:  # matplotlib is an extra: a run does not fail without it
         plot = f"none: {error}"
     if call.options.quiet:
         return
     known = {k: v for row in history for k, v in row.items() if v is not None and (s := score(k)) and s.split in _SAID}
-    parts = [f"{k.replace('_', ' ')} {v:.2%}" if "accuracy" in k else f"{k.replace('_', ' ')} {shown(v)}"
-             for k, v in known.items()]  # fmt: skip
+    parts = [_score(name, value, history[-1].get(f"{name}_std")) for name, value in known.items()]
     if call.options.profile:
         Console().print(summary(history))
     seconds = sum(row["seconds"] for row in history)
