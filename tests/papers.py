@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from helpers import CLASSES, FEATURES, SIZES, N, Numbers, federated
 
-ROUNDS = 22
+ROUNDS = 50
 DATA = federated().clients
 OFFSETS = DATA.offsets.tolist()
 Array = np.ndarray

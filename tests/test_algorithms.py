@@ -4,6 +4,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import papers
+import papers_local
 import pytest
 import torch
 from helpers import (
@@ -19,7 +21,7 @@ from helpers import (
     round_keys,
     run,
 )
-from papers import DATA, OFFSETS, REFERENCES, ROUNDS, Array, Cohort, Cohorts, own_rows
+from papers import DATA, OFFSETS, ROUNDS, Array, Cohort, Cohorts, own_rows
 from torch import nn
 
 import vfl
@@ -27,6 +29,8 @@ from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
 from vfl.local import minibatches
+
+REFERENCES = papers.REFERENCES | papers_local.REFERENCES
 
 
 class Plan(NamedTuple):

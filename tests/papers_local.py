@@ -1,0 +1,45 @@
+"""The references of the local-update family beyond FedAvg, as those of papers.py: plain numpy loops from the papers."""
+
+from typing import Any
+
+import numpy as np
+from helpers import SIZES, Numbers
+from papers import ROUNDS, Array, Cohorts, gradient, local_model
+
+BITS = 64  # of a number
+
+
+def fednova(config: Any, cohort: Cohorts, x: Array, rho: float, mu: float, by_steps: bool) -> Numbers:
+    """Wang et al. 2007.07481: x ← x − τ_eff Σ pᵢ η dᵢ with dᵢ = Gᵢ aᵢ / ‖aᵢ‖₁, and their closed forms of ‖aᵢ‖₁."""
+    eta, up, down = config.local_lr, 0, 0
+    alpha = eta * mu
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        total = sum(SIZES[i] for i in clients)
+        direction, tau_eff = np.zeros_like(x), 0.0
+        for i, batches in clients.items():
+            if not batches:
+                continue
+            K, m, y = len(batches), np.zeros_like(x), x
+            if rho:
+                for rows in batches:
+                    m = rho * m + gradient(y, rows)
+                    y = y - eta * m
+                norm = (K - rho * (1 - rho**K) / (1 - rho)) / (1 - rho)
+            else:
+                y = local_model(x, batches, eta, lambda g, y, x=x: g + mu * (y - x))
+                norm = (1 - (1 - alpha) ** K) / alpha if mu else K
+            eta_d = (x - y) / norm
+            direction += SIZES[i] / total * eta_d
+            tau_eff += SIZES[i] / total * (K if by_steps else norm)
+            up += (x.size + 1) * BITS
+        down += len(clients) * x.size * BITS
+        x = x - tau_eff * direction
+    return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down}
+
+
+REFERENCES = {
+    "fednova": lambda config, cohort, x: fednova(config, cohort, x, 0, 0, False),
+    "fednova-local_optimizer=sgd:momentum=0.8": lambda config, cohort, x: fednova(config, cohort, x, 0.8, 0, False),
+    "fednova-mu=0.5-tau_eff=steps": lambda config, cohort, x: fednova(config, cohort, x, 0, 0.5, True),
+}
