@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import federated, make_task, mlp, packed, run
+from helpers import N, federated, make_task, mlp, packed, run
 from torch import nn
 
 import vfl
 from algorithms.fedavg import FedAvg
+from algorithms.feddyn import FedDyn
 from algorithms.fednova import FedNova
 from algorithms.fedprox import FedProx
 
@@ -41,6 +42,23 @@ def same_model(a: Any, b: Any, **options: Any) -> bool:
     options = {"clients_per_round": 5, "batch_size": 4, "chunk": 100} | options
     found, wanted = (run(each, mlp(), federated(), 4, **options)["server.x"] for each in (a, b))
     return np.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def heterogeneous() -> LeastSquares:
+    """Ten clients with Hessians of eigenvalues 1 to 2 and solutions of their own."""
+    draw = np.random.default_rng(0)
+    A, b = [], []
+    for _ in range(10):
+        Q, _ = np.linalg.qr(draw.standard_normal((6, 6)))
+        A.append((Q * np.sqrt(6 * np.linspace(1, 2, 6))) @ Q.T)
+        b.append(A[-1] @ draw.standard_normal(6))
+    return least_squares(A, b)
+
+
+def distance(algorithm: Any, problem: LeastSquares, rounds: int, **options: Any) -> float:
+    """‖x − x*‖ after so many rounds."""
+    return float(np.linalg.norm(model(algorithm, problem, rounds, **options) - problem.best))
 
 
 # FedNova
@@ -77,12 +95,34 @@ def test_fednova_at_rate_zero_stays_where_it_is():
     assert same_model(FedNova(local_lr=0), FedAvg(local_lr=0))
 
 
+# FedDyn
+
+
+@pytest.mark.parametrize(("cohort", "rounds"), [("all", 30), (5, 90)])
+def test_feddyn_reaches_the_minimiser_where_fedavg_stalls(heterogeneous, cohort, rounds):
+    options = {"rounds": rounds, "local_steps": 8, "clients_per_round": cohort}
+    assert distance(FedAvg(), heterogeneous, **options) > 1e-2
+    assert distance(FedDyn(alpha=1.5), heterogeneous, **options) < 1e-8
+
+
+def test_feddyns_h_stays_the_mean_of_all_clients_own():
+    rows = set()
+    for state, _ in vfl.rounds(FedDyn(), mlp(), federated(), 12, clients_per_round=3, batch_size=4, local_epochs=2):
+        _, (h_i,) = state.store.rows()
+        rows.add(len(h_i))
+        assert state.server.h.abs().max() > 1e-3
+        np.testing.assert_allclose(state.server.h, h_i.sum(0) / N, rtol=1e-12, atol=1e-12)
+    assert min(rows) < N - 1, "some clients should not have taken part yet"
+
+
 # Options
 
 
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
+        (FedDyn, {"alpha": 0.0}, "alpha must be a finite number > 0, not 0.0"),
+        (FedDyn, {"weighting": "examples"}, "weighting cannot be 'examples'"),
         (FedNova, {"mu": -1.0}, "mu must be a finite number ≥ 0, not -1.0"),
         (FedNova, {"tau_eff": "mean"}, "tau-eff must be norm or steps, not 'mean'"),
         (FedNova, {"local_optimizer": "adam"}, "so local-optimizer cannot be 'adam'"),
