@@ -25,6 +25,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
     "fedprox": [{"mu": 0.5}],
     "scaffold": [{"option": 1}, {"option": 2}],
     "fednova": [{}, {"local_optimizer": "sgd:momentum=0.8"}, {"mu": 0.5, "tau_eff": "steps"}],
+    "mime": [{"base": "sgd"}, {"base": "adam", "local_lr": 0.01}],
+    "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from helpers import SIZES, N, Numbers
-from papers import ROUNDS, Array, Cohorts, gradient, local_model
+from papers import ROUNDS, Array, Cohorts, gradient, local_model, own_rows
 
 BITS = 64  # of a number
 
@@ -61,7 +61,73 @@ def feddyn(config: Any, cohort: Cohorts, x: Array) -> Numbers:
             "client.0": np.stack([grad[i] for i in ids]), "bits_up": up, "bits_down": down}  # fmt: skip
 
 
+class BaseOptimizer:
+    """Karimireddy et al. 2008.03606: an optimizer as an update U and the tracking V of its statistics m and v."""
+
+    def __init__(self, config: Any, x: Array) -> None:
+        self.momentum, self.scaled = config.base != "rmsprop", config.base != "sgd"
+        self.b1, self.b2, self.eps = config.b1, config.b2, config.eps
+        self.m, self.v = np.zeros_like(x), np.zeros_like(x)
+
+    def update(self, g: Array) -> Array:
+        u = (1 - self.b1) * g + self.b1 * self.m if self.momentum else g
+        return u / (self.eps + np.sqrt(self.v)) if self.scaled else u
+
+    def track(self, g: Array) -> None:
+        self.m = (1 - self.b1) * g + self.b1 * self.m
+        self.v = (1 - self.b2) * g**2 + self.b2 * self.v
+
+    def numbers(self) -> Numbers:
+        return ({"server.s.m": self.m} if self.momentum else {}) | ({"server.s.v": self.v} if self.scaled else {})
+
+
+def mime(config: Any, cohort: Cohorts, x: Array) -> Numbers:
+    """Algorithm 1, Mime: c from the even rounds, local steps in the odd ones."""
+    base, c, up, down = BaseOptimizer(config, x), np.zeros_like(x), 0, 0
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        working = {i: batches for i, batches in clients.items() if batches}
+        up += len(working) * x.size * BITS
+        if t % 2 == 0:
+            c = sum(gradient(x, own_rows(i)) for i in working) / len(working)
+            down += len(clients) * x.size * BITS
+        else:
+            models = []
+            for batches in working.values():
+                y = x
+                for rows in batches:
+                    y = y - config.local_lr * base.update(gradient(y, rows) - gradient(x, rows) + c)
+                models.append(y)
+            down += len(clients) * (2 + base.momentum + base.scaled) * x.size * BITS
+            base.track(c)
+            x = sum(models) / len(models)
+    server = {"server.x": x, "server.c": c, "server.t": ROUNDS} | base.numbers()
+    return server | {"client.ids": [], "bits_up": up, "bits_down": down}
+
+
+def mimelite(config: Any, cohort: Cohorts, x: Array) -> Numbers:
+    """Algorithm 1, MimeLite."""
+    base, up, down = BaseOptimizer(config, x), 0, 0
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        models, gradients = [], []
+        for i, batches in clients.items():
+            if batches:
+                models.append(local_model(x, batches, config.local_lr, lambda g, y: base.update(g)))
+                gradients.append(gradient(x, own_rows(i)))
+        up += len(models) * 2 * x.size * BITS
+        down += len(clients) * (1 + base.momentum + base.scaled) * x.size * BITS
+        base.track(sum(gradients) / len(gradients))
+        x = sum(models) / len(models)
+    server = {"server.x": x, "server.t": ROUNDS} | base.numbers()
+    return server | {"client.ids": [], "bits_up": up, "bits_down": down}
+
+
 REFERENCES = {
+    "mime-base=sgd": mime,
+    "mime-base=adam-local_lr=0.01": mime,
+    "mimelite-base=sgd": mimelite,
+    "mimelite-base=rmsprop-local_lr=0.01": mimelite,
     "feddyn": feddyn,
     "fednova": lambda config, cohort, x: fednova(config, cohort, x, 0, 0, False),
     "fednova-local_optimizer=sgd:momentum=0.8": lambda config, cohort, x: fednova(config, cohort, x, 0.8, 0, False),

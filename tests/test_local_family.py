@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import N, federated, make_task, mlp, packed, run
+from helpers import SIZES, N, federated, make_task, mlp, packed, run
 from torch import nn
 
 import vfl
@@ -13,6 +13,7 @@ from algorithms.fedavg import FedAvg
 from algorithms.feddyn import FedDyn
 from algorithms.fednova import FedNova
 from algorithms.fedprox import FedProx
+from algorithms.mime import Mime, MimeLite
 
 
 class LeastSquares(NamedTuple):
@@ -115,12 +116,48 @@ def test_feddyns_h_stays_the_mean_of_all_clients_own():
     assert min(rows) < N - 1, "some clients should not have taken part yet"
 
 
+# Mime
+
+
+def test_mime_reaches_the_minimiser_and_frozen_momentum_alone_comes_nearer_than_fedavg(heterogeneous):
+    fedavg, lite = (distance(a, heterogeneous, rounds=30, local_steps=8) for a in (FedAvg(), MimeLite(b1=0.5)))
+    assert distance(Mime(b1=0), heterogeneous, rounds=50, local_steps=8) < 1e-8
+    assert 1e-3 < lite < fedavg / 3
+
+
+@pytest.mark.parametrize("base", ["sgd", "rmsprop", "adam"])
+def test_one_local_step_of_mime_or_mimelite_is_a_step_of_the_centralised_optimizer(heterogeneous, base):
+    options = {"base": base, "local_lr": 1e-3}
+    data, x = heterogeneous.data.clients, heterogeneous.task.x.numpy()
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for _ in range(5):
+        g = data.x.numpy().T @ (data.x.numpy() @ x - data.y.numpy()) / len(data.x)
+        u = 0.1 * g + 0.9 * m if base != "rmsprop" else g
+        x = x - 1e-3 * (u / (np.sqrt(v) + 1e-3) if base != "sgd" else u)
+        m, v = 0.1 * g + 0.9 * m, 0.01 * g**2 + 0.99 * v
+    for config, rounds in ((Mime(**options), 10), (MimeLite(**options), 5)):
+        np.testing.assert_allclose(model(config, heterogeneous, rounds, local_steps=1), x, rtol=1e-10)
+
+
+def test_a_round_of_mime_is_two_exchanges():
+    options = {"clients_per_round": "all", "batch_size": 4, "local_epochs": 2}
+    played = list(vfl.rounds(Mime(), mlp(), federated(), 4, **options))
+    models, gradients = [s.server.x for s, _ in played], [m["gradients"] for _, m in played]
+    assert torch.equal(models[0], mlp().x) and torch.equal(models[1], models[2])
+    assert not torch.equal(models[0], models[1]) and not torch.equal(models[2], models[3])
+    assert np.diff([0, *gradients]).tolist() == [sum(SIZES), 2 * 2 * sum(SIZES)] * 2  # at y and at x, 2 epochs
+
+
 # Options
 
 
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
+        (Mime, {"base": "yogi"}, "base must be sgd, rmsprop or adam, not 'yogi'"),
+        (Mime, {"b1": 1.0}, "b1 must be at least 0 and below 1, not 1.0"),
+        (MimeLite, {"eps": 0.0}, "eps must be a finite number > 0, not 0.0"),
+        (MimeLite, {"server_optimizer": "adam"}, "so server-optimizer must stay sgd, not 'adam'"),
         (FedDyn, {"alpha": 0.0}, "alpha must be a finite number > 0, not 0.0"),
         (FedDyn, {"weighting": "examples"}, "weighting cannot be 'examples'"),
         (FedNova, {"mu": -1.0}, "mu must be a finite number ≥ 0, not -1.0"),
