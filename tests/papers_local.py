@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from helpers import SIZES, N, Numbers
-from papers import ROUNDS, Array, Cohorts, gradient, local_model, own_rows
+from helpers import CLASSES, FEATURES, SIZES, N, Numbers
+from papers import DATA, ROUNDS, Array, Cohorts, gradient, local_model, own_rows
 
 BITS = 64  # of a number
 
@@ -123,7 +123,48 @@ def mimelite(config: Any, cohort: Cohorts, x: Array) -> Numbers:
     return server | {"client.ids": [], "bits_up": up, "bits_down": down}
 
 
+def fedexp(config: Any, cohort: Cohorts, x: Array) -> Numbers:
+    """Jhunjhunwala et al. 2301.09604, Algorithm 1, with γ = max(1, Σ ‖Δᵢ‖² / 2M (‖Δ̄‖² + ε)) over M clients."""
+    up = down = 0
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        deltas = [x - local_model(x, b, config.local_lr, lambda g, y: g) for b in clients.values() if b]
+        M, mean = len(deltas), sum(deltas) / len(deltas)
+        gamma = max(1, sum(d @ d for d in deltas) / (2 * M * (mean @ mean + config.eps)))
+        x = x - gamma * mean
+        up, down = up + M * (x.size + 1) * BITS, down + len(clients) * x.size * BITS
+    return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down}
+
+
+def mean_loss(x: Array, rows: Array) -> float:
+    """Softmax regression's mean cross-entropy on some rows."""
+    W, b = x[: CLASSES * FEATURES].reshape(CLASSES, FEATURES), x[CLASSES * FEATURES :]
+    scores = DATA.x.numpy()[rows] @ W.T + b
+    return float(np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(len(rows)), DATA.y.numpy()[rows]]))
+
+
+def qfedavg(config: Any, cohort: Cohorts, x: Array, q: float, L: float) -> Numbers:
+    """Li et al. 1905.10497, Algorithm 2, for uniform draws: the sums over the sampled devices are weighed by nᵢ."""
+    up = down = 0
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        delta, h = np.zeros_like(x), 0.0
+        for i, batches in clients.items():
+            if batches:
+                F = mean_loss(x, own_rows(i))
+                dw = L * (x - local_model(x, batches, config.local_lr, lambda g, y: g))
+                delta += SIZES[i] * F**q * dw
+                h += SIZES[i] * (q * F ** (q - 1) * (dw @ dw) + L * F**q)
+                up += (x.size + 1) * BITS
+        x = x - delta / h
+        down += len(clients) * x.size * BITS
+    return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down}
+
+
 REFERENCES = {
+    "fedexp-eps=0.01": fedexp,
+    "qfedavg": lambda config, cohort, x: qfedavg(config, cohort, x, 1, 10),
+    "qfedavg-q=0.5-lipschitz=4.0": lambda config, cohort, x: qfedavg(config, cohort, x, 0.5, 4),
     "mime-base=sgd": mime,
     "mime-base=adam-local_lr=0.01": mime,
     "mimelite-base=sgd": mimelite,

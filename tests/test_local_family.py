@@ -11,9 +11,11 @@ from torch import nn
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.feddyn import FedDyn
+from algorithms.fedexp import FedExP
 from algorithms.fednova import FedNova
 from algorithms.fedprox import FedProx
 from algorithms.mime import Mime, MimeLite
+from algorithms.qfedavg import QFedAvg
 
 
 class LeastSquares(NamedTuple):
@@ -148,12 +150,78 @@ def test_a_round_of_mime_is_two_exchanges():
     assert np.diff([0, *gradients]).tolist() == [sum(SIZES), 2 * 2 * sum(SIZES)] * 2  # at y and at x, 2 epochs
 
 
+# FedExP
+
+
+def local_changes(task: vfl.Task, data: vfl.data.FederatedData, **work: Any) -> list[np.ndarray]:
+    """Each client's Δᵢ [D] in the first round, by a run in which it is alone."""
+    options = {"rounds": 1, **work}
+    ids = np.flatnonzero(data.clients.sizes())
+    return [run(FedAvg(), task, data, sampling=f"fixed:{i}", **options)["server.x"] - task.x.numpy() for i in ids]
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_fedexps_extrapolation_is_the_formula_and_never_below_one(heterogeneous, steps):
+    work = {"batch_size": None, "local_steps": steps}
+    deltas = local_changes(heterogeneous.task, heterogeneous.data, **work)
+    square, mean = np.mean([d @ d for d in deltas]), np.mean(deltas, axis=0)
+    wanted = square / (2 * (mean @ mean + 0.01))
+    found = run(FedExP(eps=0.01), heterogeneous.task, heterogeneous.data, 1, clients_per_round="all", **work)
+    np.testing.assert_allclose(found["metric.extrapolation"], max(1, wanted))
+    np.testing.assert_allclose(found["server.x"], heterogeneous.task.x.numpy() + max(1, wanted) * mean, rtol=1e-12)
+
+
+def test_fedexp_extrapolates_where_clients_differ_and_is_fedavg_where_they_agree(heterogeneous):
+    options = {"batch_size": None, "local_steps": 20, "clients_per_round": "all"}
+    differ = run(FedExP(), heterogeneous.task, heterogeneous.data, 10, **options)
+    assert (differ["metric.extrapolation"] >= 1).all() and differ["metric.extrapolation"].max() > 1.5
+    A = [np.eye(4)] * 3
+    alike = least_squares(A, [np.arange(4.0)] * 3)
+    assert (run(FedExP(eps=0), alike.task, alike.data, 4, **options)["metric.extrapolation"] == 1).all()
+    np.testing.assert_array_equal(*(model(a, alike, 4, local_steps=20) for a in (FedExP(eps=0), FedAvg())))
+
+
+def test_fedexp_without_epsilon_stays_where_nobody_moves():
+    assert same_model(FedExP(local_lr=0, eps=0), FedAvg(local_lr=0))
+
+
+# q-FedAvg
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform", "steps"])
+def test_qfedavg_with_q_zero_is_fedavg(weighting):
+    assert same_model(QFedAvg(q=0, weighting=weighting), FedAvg(weighting=weighting))
+    assert not same_model(QFedAvg(q=0.1, weighting=weighting), FedAvg(weighting=weighting))
+
+
+def test_a_larger_q_gives_more_equal_losses(heterogeneous):
+    def losses(q: float) -> np.ndarray:
+        x = model(QFedAvg(q=q, local_lr=0.05), heterogeneous, 60, local_steps=1)
+        pairs = [heterogeneous.data.clients.client(i) for i in range(10)]
+        return np.array([np.mean((a.numpy() @ x - b.numpy()) ** 2) / 2 for a, b, *_ in pairs])
+
+    spread = [losses(q).std() for q in (0, 1, 5)]
+    assert spread[0] > spread[1] > spread[2]
+    assert losses(5).max() < losses(0).max()
+
+
+def test_qfedavg_at_rate_zero_or_loss_zero_stays_where_it_is():
+    assert same_model(QFedAvg(local_lr=0), FedAvg(local_lr=0))
+    solved = least_squares([np.eye(3)] * 2, [np.zeros(3)] * 2)
+    solved = solved._replace(task=solved.task._replace(x=torch.zeros(3, dtype=torch.float64)))
+    for q in (0, 0.5, 1, 30):
+        assert not model(QFedAvg(q=q), solved, 2).any()
+
+
 # Options
 
 
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
+        (FedExP, {"eps": -1.0}, "eps must be a finite number ≥ 0, not -1.0"),
+        (QFedAvg, {"q": -1.0}, "q must be a finite number ≥ 0, not -1.0"),
+        (QFedAvg, {"lipschitz": 0.0}, "lipschitz must be a finite number > 0, not 0.0"),
         (Mime, {"base": "yogi"}, "base must be sgd, rmsprop or adam, not 'yogi'"),
         (Mime, {"b1": 1.0}, "b1 must be at least 0 and below 1, not 1.0"),
         (MimeLite, {"eps": 0.0}, "eps must be a finite number > 0, not 0.0"),
