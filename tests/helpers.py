@@ -27,6 +27,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
     "fednova": [{}, {"local_optimizer": "sgd:momentum=0.8"}, {"mu": 0.5, "tau_eff": "steps"}],
     "mime": [{"base": "sgd"}, {"base": "adam", "local_lr": 0.01}],
     "fedexp": [{"eps": 0.01}],  # at 1e-3 the method itself makes 1e-5 of a rounding error in 50 rounds
+    "scaffnew": [{"p": 0.5}],  # in 3 rounds of seed 3, two communicate
+    "gradskip": [{"p": 0.5, "q": 0.5}],  # and some clients rest
     "qfedavg": [{}, {"q": 0.5, "lipschitz": 4.0}],
     "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }

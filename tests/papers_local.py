@@ -1,10 +1,15 @@
-"""The references of the local-update family beyond FedAvg, as those of papers.py: plain numpy loops from the papers."""
+"""The references of the local-update family beyond FedAvg, as those of papers.py: plain numpy loops from the papers.
+
+Beside the data order, these share the coins that the papers leave to chance.
+"""
 
 from typing import Any
 
 import numpy as np
-from helpers import CLASSES, FEATURES, SIZES, N, Numbers
+from helpers import CLASSES, FEATURES, SIZES, N, Numbers, round_keys
 from papers import DATA, ROUNDS, Array, Cohorts, gradient, local_model, own_rows
+
+import vfl
 
 BITS = 64  # of a number
 
@@ -161,7 +166,101 @@ def qfedavg(config: Any, cohort: Cohorts, x: Array, q: float, L: float) -> Numbe
     return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down}
 
 
+def server_coin(t: int, p: float) -> bool:
+    """Whether round t of a run with seed 7 communicates."""
+    return bool(vfl.random.bernoulli(round_keys(7, t)[3], p, ()))
+
+
+def client_coin(t: int, i: int, q: float) -> bool:
+    """Client i's coin in round t of a run with seed 7."""
+    key = vfl.random.fold_in(round_keys(7, t)[1], i)
+    return bool(vfl.random.bernoulli(vfl.random.fold_in(key, 2), q, ()))
+
+
+def scaffnew(config: Any, cohort: Cohorts, x: Array) -> Numbers:
+    """Mishchenko et al. 2202.09357, Algorithm 2. Who is away in a communication counts at the average of the last one.
+
+    The clients are those that have come so far. Our clients report x̂ᵢ of their last step, and hᵢ − (p/γ) x.
+    """
+    gamma, p, up, down, count, news = config.local_lr, config.p, 0, 0, 0, True
+    X: dict[int, Array] = {}
+    h: dict[int, Array] = {}
+    hat: dict[int, Array] = {}
+    heard: dict[int, int] = {}
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        working = [i for i, batches in clients.items() if batches]
+        for i in working:
+            X.setdefault(i, x)
+            h.setdefault(i, np.zeros_like(x))
+            hat[i] = X[i] - gamma * (gradient(X[i], clients[i][0]) - h[i])
+            heard[i] = count
+        down += news * len(clients) * x.size * BITS
+        news = server_coin(t, p) or len(working) < len(X)
+        if server_coin(t, p):
+            counted = {i: hat[i] if i in working else x for i in X}
+            x = sum(counted.values()) / len(X)
+            for i in X:
+                h[i] = h[i] + p / gamma * (x - counted[i])
+                X[i] = x
+            count, up = count + 1, up + len(working) * x.size * BITS
+        else:
+            X |= {i: hat[i] for i in working}
+    ids = sorted(X)
+    server = {"server.x": x, "server.n": count, "server.seen": len(X), "server.news": news}
+    states = {"client.0": [hat[i] for i in ids], "client.1": [h[i] - p / gamma * x for i in ids],
+              "client.2": [heard[i] for i in ids]}  # fmt: skip
+    return server | {k: np.array(v) for k, v in states.items()} | {"client.ids": ids, "bits_up": up, "bits_down": down}
+
+
+def gradskip(config: Any, cohort: Cohorts, x: Array) -> Numbers:
+    """Maranjyan et al. 2210.16402, Algorithm 1; where a client has not moved, its gradient is the one it has."""
+    gamma, p, up, down, count, news = config.local_lr, config.p, 0, 0, 0, True
+    X: dict[int, Array] = {}
+    h: dict[int, Array] = {}
+    at_average: dict[int, Array] = {}  # hᵢ after the last communication
+    hat: dict[int, tuple[Array, Array]] = {}
+    known: dict[int, Array] = {}  # the gradient at X[i]
+    heard: dict[int, int] = {}
+    rests: dict[int, bool] = {}
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        working = [i for i, batches in clients.items() if batches]
+        for i in working:
+            if i not in X:
+                X[i], h[i], at_average[i] = x, np.zeros_like(x), np.zeros_like(x)
+            g = known[i] if i in known else gradient(X[i], clients[i][0])
+            eta = client_coin(t, i, config.q)
+            h_hat = eta * h[i] + (1 - eta) * g
+            hat[i] = X[i] - gamma * (g - h_hat), h_hat
+            rests[i] = i in known or not eta
+            heard[i] = count
+            if rests[i]:
+                known[i] = g
+        down += news * len(clients) * x.size * BITS
+        news = server_coin(t, p) or len(working) < len(X)
+        if server_coin(t, p):
+            counted = {i: hat[i] if i in working else (x, at_average[i]) for i in X}
+            x = sum(x_hat - gamma / p * h_hat for x_hat, h_hat in counted.values()) / len(X)
+            for i, (x_hat, h_hat) in counted.items():
+                h[i] = at_average[i] = h_hat + p / gamma * (x - x_hat)
+                X[i] = x
+            known = {}
+            count, up = count + 1, up + len(working) * x.size * BITS
+        else:
+            for i in working:
+                X[i], h[i] = hat[i]
+    ids = sorted(X)
+    server = {"server.x": x, "server.n": count, "server.seen": len(X), "server.news": news}
+    states = {"client.0": [hat[i][0] for i in ids], "client.1": [hat[i][1] for i in ids],
+              "client.2": [at_average[i] - p / gamma * x for i in ids], "client.3": [heard[i] for i in ids],
+              "client.4": [rests[i] for i in ids]}  # fmt: skip
+    return server | {k: np.array(v) for k, v in states.items()} | {"client.ids": ids, "bits_up": up, "bits_down": down}
+
+
 REFERENCES = {
+    "scaffnew-p=0.5": scaffnew,
+    "gradskip-p=0.5-q=0.5": gradskip,
     "fedexp-eps=0.01": fedexp,
     "qfedavg": lambda config, cohort, x: qfedavg(config, cohort, x, 1, 10),
     "qfedavg-q=0.5-lipschitz=4.0": lambda config, cohort, x: qfedavg(config, cohort, x, 0.5, 4),

@@ -37,10 +37,10 @@ OFF = vfl.Evaluation(0)
 
 
 def spoilt(**values):
-    """The data, with an input of some clients replaced: client 0's by infinity is `c0=inf`."""
+    """The data, with an input of some clients replaced in all of their examples: client 0's by infinity is `c0=inf`."""
     data = federated()
     for name, value in values.items():
-        data.clients.client(int(name[1:])).x[0, 0] = value
+        data.clients.client(int(name[1:])).x[:, 0] = value
     return data
 
 

@@ -14,8 +14,10 @@ from algorithms.feddyn import FedDyn
 from algorithms.fedexp import FedExP
 from algorithms.fednova import FedNova
 from algorithms.fedprox import FedProx
+from algorithms.gradskip import GradSkip
 from algorithms.mime import Mime, MimeLite
 from algorithms.qfedavg import QFedAvg
+from algorithms.scaffnew import Scaffnew
 
 
 class LeastSquares(NamedTuple):
@@ -213,12 +215,109 @@ def test_qfedavg_at_rate_zero_or_loss_zero_stays_where_it_is():
         assert not model(QFedAvg(q=q), solved, 2).any()
 
 
+# Scaffnew and GradSkip
+
+
+def test_scaffnew_needs_a_fraction_of_gradient_descents_communications():
+    A, draw = np.diag(np.sqrt(3 * np.array([1.0, 5.0, 25.0]))), np.random.default_rng(0)
+    problem, rounds = least_squares([A] * 4, [A @ draw.standard_normal(3) for _ in range(4)]), 250
+    options = {"batch_size": None, "local_steps": 1, "clients_per_round": "all"}
+    found = run(Scaffnew(local_lr=1 / 25, p=1 / 5), problem.task, problem.data, rounds, **options)
+    communications = int(found["metric.communications"][-1])
+    assert 30 < communications < 70
+    ours = np.linalg.norm(found["server.x"] - problem.best)
+    descent = [distance(FedAvg(local_lr=1 / 25), problem, n, local_steps=1) for n in (communications, rounds)]
+    assert ours < descent[0] / 300  # for the same communications
+    assert ours < 10 * descent[1]  # for five times as many
+
+
+def test_scaffnew_that_always_communicates_is_gradient_descent(heterogeneous):
+    models = [model(a, heterogeneous, 5, local_steps=1) for a in (Scaffnew(p=1), FedAvg())]
+    np.testing.assert_allclose(*models, rtol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", [Scaffnew(p=0.5, local_lr=0.3), GradSkip(p=0.5, q=0.7, local_lr=0.2)])
+@pytest.mark.parametrize(("cohort", "rounds"), [("all", 80), (5, 250)])
+def test_scaffnew_and_gradskip_reach_the_minimiser(heterogeneous, algorithm, cohort, rounds):
+    assert distance(algorithm, heterogeneous, rounds, clients_per_round=cohort) < 1e-8
+
+
+@pytest.mark.parametrize("algorithm", [Scaffnew(p=0.4), GradSkip(p=0.4, q=0.6)])
+def test_the_shifts_of_all_clients_sum_to_zero_though_some_are_away(algorithm):
+    sizes = set()
+    options = {"clients_per_round": 3, "batch_size": 4, "execution": "vmap", "chunk": 100}
+    for state, metrics in vfl.rounds(algorithm, mlp(), federated(), 20, **options):
+        _, rows = state.store.rows()
+        u = rows[list(state.store.template._fields).index("u")]
+        sizes.add(len(u))
+        shifts = u + algorithm.p / algorithm.local_lr * state.server.x
+        np.testing.assert_allclose(shifts.sum(0), 0, atol=1e-12)
+        assert (shifts.abs().max() > 1e-3) == (metrics["communications"] > 0)
+    assert min(sizes) < N - 1 == max(sizes)
+
+
+@pytest.mark.parametrize("algorithm", [Scaffnew(p=0.4), GradSkip(p=0.4)])
+def test_only_rounds_that_communicate_cost_bits(algorithm):
+    options = {"sampling": "fixed:0,2,3", "batch_size": 4}
+    history = [metrics for _, metrics in vfl.rounds(algorithm, mlp(), federated(), 20, **options)]
+    up, down, done = (np.diff([0, *(m[key] for m in history)]) for key in ("bits_up", "bits_down", "communications"))
+    assert 0 < done.sum() < 20
+    bits = 3 * mlp().x.numel() * 64
+    np.testing.assert_array_equal(up, done * bits)
+    np.testing.assert_array_equal(down, np.array([1, *done[:-1]]) * bits)  # the average goes out in the next round
+
+
+def test_gradskip_with_q_one_is_scaffnew():
+    assert same_model(GradSkip(p=0.5, q=1), Scaffnew(p=0.5), clients_per_round="all")
+    assert not same_model(GradSkip(p=0.5, q=0.5), Scaffnew(p=0.5), clients_per_round="all")
+
+
+def test_gradskip_computes_fewer_gradients(heterogeneous):
+    def mean_steps(algorithm: Any) -> float:
+        """Gradients that a client computes in a round, on average."""
+        options = {"batch_size": None, "clients_per_round": "all", "chunk": 100, "rounds": 120}
+        found = run(algorithm, heterogeneous.task, heterogeneous.data, **options)
+        return found["metric.gradients"][-1] / (120 * len(heterogeneous.data.clients.x))
+
+    p, q = 0.2, 0.7
+    assert mean_steps(Scaffnew(p=p)) == 1
+    expected = p / (1 - q * (1 - p))  # of the 1/p steps between communications, 1 / (1 − q (1 − p)) compute
+    assert mean_steps(GradSkip(p=p, q=q)) == pytest.approx(expected, rel=0.1)
+
+
+# Costs
+
+EPOCHS, BATCH = 2, 4
+WHOLE, FIRST = sum(SIZES), sum(min(n, BATCH) for n in SIZES)  # examples in all, in a round's first minibatches
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "gradients"),
+    [
+        (FedNova(), EPOCHS * WHOLE),
+        (FedDyn(), EPOCHS * WHOLE),
+        (FedExP(), EPOCHS * WHOLE),
+        (QFedAvg(), EPOCHS * WHOLE),
+        (MimeLite(), (EPOCHS + 1) * WHOLE),
+        (Scaffnew(), FIRST),
+        (GradSkip(q=1), FIRST),
+    ],
+)
+def test_gradients_equal_a_count_by_hand(algorithm, gradients):
+    options = {"clients_per_round": "all", "batch_size": BATCH, "local_epochs": EPOCHS}
+    _, history = vfl.simulate(algorithm, mlp(), federated(), 2, **options)
+    assert [m["gradients"] for m in history] == [gradients, 2 * gradients]
+
+
 # Options
 
 
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
+        (Scaffnew, {"p": 0.0}, "p must be a probability above 0 and at most 1, not 0.0"),
+        (Scaffnew, {"local_lr": 0.0}, "local-lr must be a finite number > 0, not 0.0"),
+        (GradSkip, {"q": 1.5}, "q must be a probability from 0 to 1, not 1.5"),
         (FedExP, {"eps": -1.0}, "eps must be a finite number ≥ 0, not -1.0"),
         (QFedAvg, {"q": -1.0}, "q must be a finite number ≥ 0, not -1.0"),
         (QFedAvg, {"lipschitz": 0.0}, "lipschitz must be a finite number > 0, not 0.0"),
