@@ -107,8 +107,8 @@ class MimeOptions(vfl.LocalTraining):
 
     def statistics(self, x: Tensor) -> Statistics:
         """s before the first round."""
-        zero = x.new_zeros(x.shape)
-        return Statistics(() if self.base == "rmsprop" else zero, () if self.base == "sgd" else zero)
+        m = () if self.base == "rmsprop" else torch.zeros_like(x)
+        return Statistics(m, () if self.base == "sgd" else torch.zeros_like(x))
 
     def update(self, g: Tensor, s: Statistics) -> Tensor:
         """U(g, s) [D]."""
