@@ -31,6 +31,9 @@ INTEGERS = [
     pytest.param(lambda k: random.fold_in(k, 7), id="fold_in"),
     pytest.param(lambda k: random.permutation(k, 6), id="permutation"),
     pytest.param(lambda k: random.choice(k, 6, 2), id="choice"),
+    pytest.param(lambda k: random.subset(k, 6, 2), id="subset"),
+    pytest.param(lambda k: random.subset(k, 60, 2), id="sparse-subset"),
+    pytest.param(lambda k: random._hashed_subset(k, 6, 2), id="hashed-subset"),
     pytest.param(lambda k: random.randint(k, (2, 3), 10), id="randint"),
     pytest.param(lambda k: random.bernoulli(k, 0.3, (2, 3)), id="bernoulli"),
 ]
@@ -225,6 +228,38 @@ def test_choice_never_repeats_and_takes_every_ordered_selection_equally() -> Non
     cells = (picks[:, 0] * 4 + picks[:, 1]).unique(return_counts=True)[1]
     assert len(cells) == 12
     is_uniform(cells)
+
+
+SUBSETS = {"subset": random.subset, "hashed": random._hashed_subset}
+
+
+@pytest.mark.parametrize("draw", SUBSETS.values(), ids=SUBSETS)
+def test_a_subset_has_its_size(draw) -> None:
+    for n, k in ((1, 0), (1, 1), (7, 0), (7, 7), (25, 1), (1000, 3), (1000, 500), (1000, 999), (100_001, 20_000)):
+        chosen = draw(random.split(KEY, 5), n, k)
+        assert chosen.dtype == torch.bool
+        assert chosen.shape == (5, n)
+        assert (chosen.sum(1) == k).all()
+
+
+@pytest.mark.parametrize("draw", SUBSETS.values(), ids=SUBSETS)
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (5, 4), (40, 2)])
+def test_every_subset_is_equally_likely(draw, n: int, k: int) -> None:
+    chosen = draw(random.split(KEY, 40_000), n, k)
+    sets, counts = chosen.unique(dim=0, return_counts=True)
+    assert len(sets) == math.comb(n, k)
+    is_uniform(counts)
+
+
+def test_a_subset_of_many_is_spread_evenly() -> None:
+    places = random.subset(random.split(KEY, 40), 50_000, 12_345).nonzero()[:, 1]
+    is_uniform(torch.bincount(places // 500))
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_a_subset_larger_than_the_whole_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"from 0 to n = 3, not {k}"):
+        random.subset(KEY, 3, k)
 
 
 @pytest.mark.parametrize("high", [1, 2, 7, 100, 2**31])

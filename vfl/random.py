@@ -2,13 +2,14 @@
 
 A key is one int64 tensor []; a batch of keys is a tensor [C], and every function maps over it (directly or under
 `torch.func.vmap`). Keys and integers come from SplitMix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195) in
-plain integer tensor operations. Floats come from Philox, one stream a key, on the CPU, and from SplitMix64 elsewhere:
-same seed and same device type give the same numbers, and a longer draw begins with the shorter one.
+plain integer tensor operations. Floats and subsets come from Philox, one stream a key, on the CPU, and from SplitMix64
+elsewhere: same seed and same device type give the same numbers, and a longer draw of floats begins with the shorter
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import pi, prod
 
 import numpy as np
@@ -52,6 +53,13 @@ def permutation(key: Tensor, n: int) -> Tensor:
 def choice(key: Tensor, n: int, k: int) -> Tensor:
     """k different numbers of 0 … n − 1, every ordered selection equally likely: int64 [..., k]."""
     return permutation(key, n)[..., :k]
+
+
+def subset(key: Tensor, n: int, k: int) -> Tensor:
+    """Which k of n are chosen, every set equally likely: bool [..., n]. Much cheaper than `choice` for large n."""
+    if not 0 <= k <= n:
+        raise ValueError(f"subset chooses from 0 to n = {n}, not {k}")
+    return _subset(key, n, k)
 
 
 def randint(key: Tensor, shape: Sequence[int], high: int) -> Tensor:
@@ -104,8 +112,18 @@ def _mixed(n: int) -> int:
     return z - 2**64 if z >= 2**63 else z
 
 
-# The float draws are opaque operators: vmap's own random operators are not keyed by client, and a Philox row filled by
-# numpy costs a tenth of the hash in eager tensor operations.
+# The draws of floats and subsets are opaque operators: vmap's own random operators are not keyed by client, and a
+# Philox row filled by numpy costs a tenth of the hash in eager tensor operations.
+
+
+def _streams(key: Tensor) -> Iterator[np.random.Generator]:
+    """The Philox stream of each key, one after the other."""
+    philox = np.random.Philox(key=0)
+    draw, state = np.random.Generator(philox), philox.state
+    for k in key.reshape(-1).tolist():
+        state["state"]["key"][0] = k % 2**64
+        philox.state = state
+        yield draw
 
 
 def _rows(
@@ -113,11 +131,7 @@ def _rows(
 ) -> Tensor:
     wide = dtype == torch.float64
     out = np.empty((key.numel(), prod(shape)), np.float64 if wide else np.float32)
-    philox = np.random.Philox(key=0)
-    draw, state = np.random.Generator(philox), philox.state
-    for row, k in zip(out, key.reshape(-1).tolist(), strict=True):
-        state["state"]["key"][0] = k % 2**64
-        philox.state = state
+    for row, draw in zip(out, _streams(key), strict=True):
         fill(draw)(out=row, dtype=out.dtype)
     return torch.from_numpy(out).reshape((*key.shape, *shape)).to(dtype)
 
@@ -130,6 +144,38 @@ def _uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("vfl::normal", mutates_args=(), device_types="cpu")
 def _normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     return _rows(key, shape, dtype, lambda draw: draw.standard_normal)
+
+
+@torch.library.custom_op("vfl::subset", mutates_args=(), device_types="cpu")
+def _subset(key: Tensor, n: int, k: int) -> Tensor:
+    out = np.zeros((key.numel(), n), bool)
+    for row, draw in zip(out, _streams(key), strict=True):
+        if 20 * k <= n:
+            row[draw.choice(n, k, replace=False, shuffle=False)] = True
+            continue
+        # Sixteen-bit coins choose about k; a uniform set of those in excess is taken back, of those missing added.
+        words = draw.bit_generator.random_raw(-(-n // 4)).view(np.uint16)[:n]
+        np.less(words, round(2**16 * k / n), out=row)
+        excess = int(np.count_nonzero(row)) - k
+        candidates = np.flatnonzero(row if excess > 0 else ~row)
+        row[candidates[draw.choice(len(candidates), abs(excess), replace=False, shuffle=False)]] = excess < 0
+    return torch.from_numpy(out).reshape((*key.shape, n))
+
+
+@_subset.register_kernel("cuda")
+def _hashed_subset(key: Tensor, n: int, k: int) -> Tensor:
+    lowest = bits(key, n).topk(k, dim=-1, sorted=False).indices
+    return key.new_zeros((*key.shape, n), dtype=torch.bool).scatter(-1, lowest, True)
+
+
+@_subset.register_fake
+def _subset_shape(key: Tensor, n: int, k: int) -> Tensor:
+    return key.new_empty((*key.shape, n), dtype=torch.bool)
+
+
+@_subset.register_vmap
+def _batched_subset(info, in_dims, key, n, k):  # pyright: ignore
+    return _subset(key.movedim(in_dims[0], 0), n, k), 0
 
 
 @_uniform.register_kernel("cuda")
