@@ -13,6 +13,7 @@ from vfl.base import (
     stateless,
     tree_map,
 )
+from vfl.compressors import Compressed, Compressor, compressor
 from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State
 from vfl.errors import ClientError, DivergedError, UsageError
@@ -39,6 +40,8 @@ __all__ = [
     "Broadcast",
     "ClientError",
     "Cohort",
+    "Compressed",
+    "Compressor",
     "DivergedError",
     "Engine",
     "Evaluation",
@@ -66,6 +69,7 @@ __all__ = [
     "accuracy",
     "binary_accuracy",
     "clip_norm",
+    "compressor",
     "cross_entropy",
     "data",
     "descend",

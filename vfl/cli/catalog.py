@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vfl.algorithms import algorithms, load_algorithm, origin
+from vfl.compressors import COMPRESSORS
 from vfl.data import DATASETS, PARTITIONS, SOURCES
 from vfl.errors import UsageError
 from vfl.models import MODELS
@@ -21,7 +22,8 @@ from vfl.spec import describe
 from vfl.terminal import section, table, terminal
 
 Kind = Literal[
-    "all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules", "regularizers"
+    "all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules", "regularizers",
+    "compressors",
 ]
 
 TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
@@ -32,6 +34,7 @@ TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "optimizers": ("--local-optimizer, --server-optimizer", OPTIMIZERS),
     "schedules": ("--local-schedule, --server-schedule; a + joins two", SCHEDULES),
     "regularizers": ("--regularizer", REGULARIZERS),
+    "compressors": ("--compressor, --downlink; compose(C1,C2), switch(C1:p1,C2:p2)", COMPRESSORS),
 }
 
 
@@ -40,7 +43,8 @@ class List:
     """Lists what a run can be made of, and how to write it."""
 
     kind: Annotated[Kind, tyro.conf.Positional, tyro.conf.arg(metavar="[KIND]")] = "all"
-    """What to list: all, algorithms, models, data, partitions, samplers, optimizers, schedules or regularizers."""
+    """What to list: all, algorithms, models, data, partitions, samplers, optimizers, schedules, regularizers or
+    compressors."""
 
     def run(self) -> None:
         """Prints the tables."""

@@ -1,0 +1,173 @@
+"""Compressors that send every entry in fewer bits. D entries, b bits of a float."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vfl import random
+from vfl.compressors.base import Code, Layout, Operator, projection, unbiased
+from vfl.errors import UsageError
+
+INTEGERS = {  # of the width of each float
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def natural(*, layout: Layout) -> Operator:
+    """Random rounding to a power of two (Horváth et al. 1905.10988): ω = 1/8, 9D bits for float32: sign and exponent.
+
+    Above the largest power of two it may round up to infinity, since nothing else there would be unbiased.
+    """
+    digits = _digits(layout.dtype)
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        # A random number below the last place is added to the fraction, and the fraction cut off: what carries into
+        # the exponent does so with exactly the fraction's value as probability, below the normal numbers too.
+        below = (_uniform(v, key) * 2.0**digits).to(INTEGERS[v.dtype])
+        value = _power_of_two((v.view(below.dtype) + below).view(v.dtype))
+        value = torch.add(value, v, alpha=0)  # 0·v keeps NaN, whose fraction could carry into the sign
+        return value, code._replace(header=0.0, value=float(layout.float_bits - digits))
+
+    return unbiased(apply, 1 / 8)
+
+
+def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
+    """norm(v)·sign(v)·(|v|/norm(v) rounded at random to s levels): ω = min(D/s², √D/s) for norm 2 and above.
+
+    b + D(1 + ⌈log₂(s + 1)⌉) bits. Norm 2 is QSGD (Alistarh et al. 1610.02132, Lemma 3.1); any p-norm from 1 to inf.
+    """
+    _check("standard_dithering", s, 65535, norm)
+    D = layout.entries
+    excess = D ** max(0.0, 1 / norm - 1 / 2)  # the p-norm is at most so many times the 2-norm
+    omega = min(D * excess**2 / s**2, math.sqrt(D) * excess / s)
+    if s == 1 and norm == math.inf:
+        omega = (math.sqrt(D) - 1) / 2  # the largest ‖v‖₁‖v‖_∞/‖v‖₂² − 1, at one entry √D + 1 times the others
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        u = _uniform(v, key)
+        step = _norm(v, norm) / s
+        t = v.to(u.dtype) / torch.where(step > 0, step, 1)
+        level = torch.floor(t + u).clamp(-s, s)  # a norm rounded down could leave t above s
+        return (level * step).to(v.dtype), _dithered(code, layout, s)
+
+    return unbiased(apply, omega)
+
+
+def qsgd(s: int, *, layout: Layout) -> Operator:
+    """Standard dithering with the 2-norm (Alistarh et al. 1610.02132)."""
+    return standard_dithering(s, 2.0, layout=layout)
+
+
+def terngrad(*, layout: Layout) -> Operator:
+    """Standard dithering with one level and the ∞-norm (Wen et al. 1705.07878): ω = (√D − 1)/2, b + 2D bits."""
+    return standard_dithering(1, math.inf, layout=layout)
+
+
+def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
+    """norm(v)·sign(v)·(|v|/norm(v) rounded at random to 0 and 2^{1−s}, …, ½, 1); b + D(1 + ⌈log₂(s + 1)⌉) bits.
+
+    ω = 1/8 + e·min(1, e) with e = D^{1/r} 2^{1−s}, r = min(p, 2) (Horváth et al. 1905.10988).
+    """
+    _check("natural_dithering", s, 32, norm)
+    lowest = 2.0 ** (1 - s)
+    excess = layout.entries ** (1 / min(norm, 2)) * lowest
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        u = _uniform(v, key)
+        step = _norm(v, norm) * lowest
+        size = v.abs().to(u.dtype) / torch.where(step > 0, step, 1)
+        # In units of the lowest level, the gap above is 1 below the level 1, else the power of two below.
+        raised = torch.addcmul(size, _power_of_two(size).clamp(min=1), u)
+        level = torch.floor(_power_of_two(raised)).clamp(max=1 / lowest)
+        return torch.copysign(level * step, v).to(v.dtype), _dithered(code, layout, s)
+
+    return unbiased(apply, 1 / 8 + excess * min(1, excess))
+
+
+def sign(*, layout: Layout) -> Operator:
+    """‖v‖₁/D · sign(v) with sign(0) = 1: α = ‖v‖₁²/(D‖v‖²) ≥ 1/D, b + D bits (Karimireddy et al. 1901.09847)."""
+    D = layout.entries
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        mean = v.abs().sum() / D
+        return torch.copysign(mean, v), Code(float(layout.float_bits), float(D), 1.0, 0.0)
+
+    return projection(apply, 1 / D)
+
+
+def quantize(bits: int, threshold: float = 0.0, *, layout: Layout) -> Operator:
+    """2^bits even levels from each layer's least to its largest entry, to the nearest; then the smallest entries to 0.
+
+    As FLUTE does (Dimitriadis et al. 2203.13789): entries whose |v| is under the layer's threshold-quantile become 0.
+    Two floats a layer, and `bits` for each entry kept, with its position (⌈log₂ D⌉ bits) if there is a threshold.
+    Biased, and without a contraction constant.
+    """
+    if not 1 <= bits <= 16:
+        raise UsageError(f"compressor quantize:{bits} takes from 1 to 16 bits")
+    if not 0 <= threshold < 1:
+        raise UsageError(f"compressor quantize's threshold is a quantile from 0 to below 1, not {threshold}")
+
+    def layer(v: Tensor) -> tuple[Tensor, Tensor | int]:
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        low, high = wide.amin(), wide.amax()
+        step = (high - low) / (2**bits - 1)  # an infinite one makes every value NaN
+        value = low + torch.round((wide - low) / torch.where(step > 0, step, 1)) * step
+        if not threshold:
+            return value.to(v.dtype), v.numel()
+        size = v.abs()
+        # The first value at or above the quantile's position, without a sort: for layers of any length.
+        kept = size >= size.kthvalue(math.ceil(threshold * (v.numel() - 1)) + 1).values
+        return (value * kept).to(v.dtype), kept.sum()
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        values, kept = zip(*map(layer, v.split(layout.sizes)), strict=True)
+        header = 2.0 * layout.float_bits * len(layout.shapes)
+        position = float(layout.position_bits) if threshold else 0.0
+        return torch.cat(values), Code(header, sum(kept), float(bits), position)
+
+    return Operator(apply, None, None)
+
+
+def _digits(dtype: torch.dtype) -> int:
+    """Binary digits of a float's fraction."""
+    return -round(math.log2(torch.finfo(dtype).eps))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The float without its fraction: the power of two at or towards zero of x; 0 below the normal numbers."""
+    integer = INTEGERS[x.dtype]
+    return (x.view(integer) & (-1 << _digits(x.dtype))).view(x.dtype)
+
+
+def _uniform(v: Tensor, key: Tensor) -> Tensor:
+    """Uniform numbers for the entries of v [D], as precise as they."""
+    return random.uniform(key, v.shape, torch.float64 if v.dtype == torch.float64 else torch.float32)
+
+
+def _norm(v: Tensor, p: float) -> Tensor:
+    """The p-norm in at least float32, as the receiver gets it: a float of v's type."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if p == math.inf:
+        return v.abs().amax().to(wide)
+    n = torch.linalg.vector_norm(v, p, dtype=wide)
+    if wide == v.dtype:
+        return n
+    return (n * (1 + torch.finfo(v.dtype).eps)).to(v.dtype).to(wide)  # rounded up, so that no entry exceeds it
+
+
+def _dithered(code: Code, layout: Layout, s: int) -> Code:
+    """The norm once, then a sign and one of s + 1 levels for each entry."""
+    return code._replace(header=float(layout.float_bits), value=1.0 + s.bit_length())
+
+
+def _check(name: str, s: int, most: int, norm: float) -> None:
+    if not 1 <= s <= most:
+        raise UsageError(f"compressor {name} has from 1 to {most} levels, not {s}")
+    if not norm >= 1:
+        raise UsageError(f"compressor {name} needs a p-norm with p from 1 to inf, not {norm}")
