@@ -22,7 +22,15 @@ from vfl.spec import describe
 from vfl.terminal import section, table, terminal
 
 Kind = Literal[
-    "all", "algorithms", "models", "data", "partitions", "samplers", "optimizers", "schedules", "regularizers",
+    "all",
+    "algorithms",
+    "models",
+    "data",
+    "partitions",
+    "samplers",
+    "optimizers",
+    "schedules",
+    "regularizers",
     "compressors",
 ]
 
