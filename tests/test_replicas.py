@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, every_algorithm, federated, norm_and_dropout, regression
+from helpers import ALGORITHMS, federated, norm_and_dropout, regression
 
 import vfl
 from vfl.engine import Engine
@@ -23,9 +23,15 @@ def together(algorithm, task, data, replicas, rounds, **options):
     return list(vfl.rounds(algorithm, task, data, rounds, seed=5, replicas=replicas, **OPTIONS, **options))
 
 
-@every_algorithm
+# Mime alternates between two exchanges by a count in its server's state.
+ALTERNATING = [name for name in ALGORITHMS if name.startswith("mime-")]
+every_replicable = pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ALTERNATING])
+
+
+@every_replicable
 @pytest.mark.parametrize("execution", ["vmap", "loop"])
-def test_each_replica_equals_the_run_of_its_seed_alone(algorithm, execution):
+def test_each_replica_equals_the_run_of_its_seed_alone(name, execution):
+    algorithm = ALGORITHMS[name]
     task, data = regression(), federated(SIZES)
     played = together(algorithm, task, data, 3, 3, execution=execution)
     for r in range(3):
@@ -79,12 +85,25 @@ def test_replicas_may_start_from_models_of_their_own():
     torch.testing.assert_close(state.server.x[1], wanted.server.x, **NEAR)
 
 
-@every_algorithm
-def test_each_replica_of_a_grid_equals_the_run_with_its_step_sizes(algorithm):
-    task, data = regression(), federated(SIZES)
-    grid = vfl.Replication(2, {"server_lr": (0.5, 0.1), "local_lr": (0.02, 0.05)})
+@pytest.mark.parametrize("name", ALTERNATING)
+def test_replicas_of_an_algorithm_that_looks_at_its_state_are_refused(name):
+    with pytest.raises(vfl.UsageError, match="replicas cannot be played together"):
+        together(ALGORITHMS[name], regression(), federated(SIZES), 2, 1)
+
+
+def test_a_grid_of_an_option_that_the_algorithm_lacks_is_refused():
+    with pytest.raises(vfl.UsageError, match="Scaffnew has no option server-lr for a grid to vary"):
+        grid = vfl.Replication(1, {"server_lr": (0.1,)})
+        together(ALGORITHMS["scaffnew-p=0.5"], regression(), federated(SIZES), grid, 1)
+
+
+@every_replicable
+def test_each_replica_of_a_grid_equals_the_run_with_its_step_sizes(name):
+    algorithm, task, data = ALGORITHMS[name], regression(), federated(SIZES)
+    values = {"server_lr": (0.5, 0.1), "local_lr": (0.02, 0.05)}
+    grid = vfl.Replication(2, {name: v for name, v in values.items() if hasattr(algorithm, name)})
     state, metrics = together(algorithm, task, data, grid, 3, execution="vmap")[-1]
-    assert len(grid.settings()) == len(metrics["replicas"]) == 8
+    assert len(grid.settings()) == len(metrics["replicas"]) == 2 * 2 ** len(grid.grid)
     for r, setting in enumerate(grid.settings()):
         values = {name: setting[name] for name in grid.grid}
         alone = dataclasses.replace(algorithm, **values)

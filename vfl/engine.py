@@ -163,7 +163,13 @@ class Engine:
         )
         with self.clock("sampling"):
             cohorts = [self.sampler.draw(key) for key in cohort_key.reshape(-1)]
-        sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
+        try:
+            sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
+        except RuntimeError as error:
+            if self.replicas is None or ".item()" not in str(error):
+                raise
+            raise UsageError("what this algorithm sends depends on a value of its state, so its replicas cannot be "
+                             "played together; run its seeds one by one") from None  # fmt: skip
         ids = np.stack([cohort.ids for cohort in cohorts])  # [R, S], and so the host's other numbers
         counts = self.work.counts(self.data.clients.sizes(ids))
         keys = random.fold_in(client_key.reshape(-1, 1), torch.from_numpy(ids))
@@ -171,16 +177,18 @@ class Engine:
         factor = np.stack([cohort.factor for cohort in cohorts])
         mine, owners = self._share(state.store, ids, counts)
         queue = self._queue(state, ids, counts, factor, keys, mine)
-        shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1)
+        shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1, sent.content)
         with self.clock("clients"):
             while queue.left:
                 self.executor.run(queue, shared, played)
-        if counts.any() and self.executor.layout is None:  # more ranks than clients: learn it from one of the others
+        if (
+            counts.any() and self.executor.layout(played) is None
+        ):  # more ranks than clients: learn it from one of the others
             longest = counts.argmax(1)[:, None]
             self.executor.learn_layout(self._queue(state, ids, counts, factor, keys, longest), shared, played)
-        sums = played.sums or self.executor.no_sums()
+        sums = played.sums or self.executor.no_sums(played)
         with self.clock("reduction"):
-            received = reduce(self.executor.layout, sums, played.reports, ids.shape[1], self.ranks, stop())
+            received = reduce(self.executor.layout(played), sums, played.reports, ids.shape[1], self.ranks, stop())
         finite = received.finite.reshape(ids.shape)
         bad = (counts > 0) & ~finite
         if bad.any() and not self.drop:

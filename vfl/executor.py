@@ -6,10 +6,12 @@ import hashlib
 import logging
 import platform
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
@@ -24,8 +26,9 @@ log = logging.getLogger("vfl")
 class Round:
     """What the chunks of a round have left so far on this rank."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, sent: Tree) -> None:
         self.number = number  # of the round, from 1
+        self.kind = pytree.tree_structure(sent)  # what is asked of the clients, and so what they answer, may alternate
         self.sums: Sums | None = None
         self.reports: list[tuple[np.ndarray, Tensor]] = []  # positions in the cohort [C], their reports [C, ...]
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
@@ -53,7 +56,7 @@ class Executor:
         self.chunk = ChunkSize(chunk, 8 * model_bytes, self.device)
         self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None)
         self.compiler = Compiler(problem)
-        self.layout: Layout | None = None
+        self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmap_works = False
         self._compiled_chunk = chunk
         if chunk is None and self.device.type == "cpu":
@@ -96,9 +99,14 @@ class Executor:
                  torch.get_num_threads(), torch.__version__)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def no_sums(self) -> Sums:
+    def layout(self, round: Round) -> Layout | None:
+        """What the clients' results look like in such a round; None before the first."""
+        return self._layouts.get(round.kind)
+
+    def no_sums(self, round: Round) -> Sums:
         """The sums over no client at all."""
-        sizes = self.layout.sizes if self.layout else []
+        known = self.layout(round)
+        sizes = known.sizes if known else []
         return zeros(sizes, self.sum_dtype, self.device, self.problem.replicas)
 
     def _keep(self, now: Slice, added: Added, round: Round) -> None:
@@ -109,13 +117,13 @@ class Executor:
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
         """How the chunk was run in the end, and what it left."""
-        if mode == "compile" and (self.layout is None or not self.tuner.wants(now.signature)):
+        if mode == "compile" and (self.layout(round) is None or not self.tuner.wants(now.signature)):
             mode = "vmap"  # which also shows that nothing depends on a value
         if mode == "compile":
             try:
                 known, started = len(self.compiler), time.perf_counter()
-                sums = round.sums or self.no_sums()
-                added = self.compiler.run(now.signature, now.bounds, shared, now.inputs, sums)
+                sums = round.sums or self.no_sums(round)
+                added = self.compiler.run((round.kind, now.signature), now.bounds, shared, now.inputs, sums)
                 if len(self.compiler) > known:
                     self.tuner.compiled(time.perf_counter() - started)
                 return mode, added
@@ -126,12 +134,14 @@ class Executor:
                 self.tuner.give_up("compile")
                 log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
         mode, results = self._eager(mode, now, shared, round)
-        sums, report = add_all(self.problem, round.sums or self.no_sums(), results)
+        sums, report = add_all(self.problem, round.sums or self.no_sums(round), results)
         return mode, Added(sums, report, results[1])
 
     def _eager(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Results]:
         if mode == "loop":
-            return mode, self._learnt(by_loop(self.problem, now.bounds, shared, now.inputs, now.ids, round.number))
+            return mode, self._learnt(
+                round, by_loop(self.problem, now.bounds, shared, now.inputs, now.ids, round.number)
+            )
         try:
             results = by_vmap(self.problem, now.bounds, shared, now.inputs)
             self._vmap_works = True
@@ -145,10 +155,11 @@ class Executor:
             self.tuner.give_up("vmap")
             log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
                         _first_line(error))  # fmt: skip
-        return mode, self._learnt(results)
+        return mode, self._learnt(round, results)
 
-    def _learnt(self, results: Results) -> Results:
-        self.layout = self.layout or layout(results)
+    def _learnt(self, round: Round, results: Results) -> Results:
+        if round.kind not in self._layouts:
+            self._layouts[round.kind] = layout(results)
         return results
 
 

@@ -86,6 +86,9 @@ def over_grid(config: AlgorithmConfig, task: Task, population: int, names: Seque
             object.__setattr__(varied, name, value)  # frozen, and checked before: a traced value cannot be
         return varied.build(task, population)
 
+    for name in names:
+        if not hasattr(config, name):
+            raise UsageError(f"{type(config).__name__} has no option {name.replace('_', '-')} for a grid to vary")
     plain = config.build(task, population)
 
     def init_server(x: Tensor) -> Varied:
