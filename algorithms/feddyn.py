@@ -28,12 +28,12 @@ class Server(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FedDyn(vfl.LocalTraining):
-    """FedDyn: regularisers that adapt make the clients' minima agree with the global one (Acar et al., 2111.04263)."""
+    """FedDyn: dynamic regularisers make the local minima agree with the global one (Acar et al., 2111.04263)."""
 
     alpha: float = 0.1
-    """Regularisation α > 0; the paper chooses among 0.001, 0.01 and 0.1."""
+    """Regularisation α > 0, in the paper's experiments from 0.001 to 0.1."""
     weighting: Literal["examples", "uniform", "steps"] = "uniform"
-    """A client's weight in the mean; only uniform keeps h the mean of the clients' hᵢ."""
+    """A client's weight in the mean; only uniform keeps h the mean of the clients' own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,8 +39,8 @@ class GradSkip(Scaffnew):
     """GradSkip: Scaffnew whose clients skip gradients as well (Maranjyan et al., 2210.16402)."""
 
     q: float = 0.9
-    """Probability of going on after a local step, from 0 to 1; 1 is scaffnew. The paper's bound on the step size is
-    p² / (1 − q (1 − p²)) times 1/L."""
+    """Probability of going on after a local step, from 0 to 1; 1 is scaffnew. The paper bounds the step size by
+    (1/L) p² / (1 − q (1 − p²))."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,7 +100,7 @@ class Scaffnew:
     local_lr: float = 0.1
     """Step size γ > 0."""
     p: float = 0.2
-    """Probability that a round communicates, above 0 and at most 1; 1/√κ is best for condition number κ."""
+    """Probability that a round communicates, above 0 and at most 1; for condition number κ, 1/√κ is best."""
 
     def __post_init__(self) -> None:
         if not (self.local_lr > 0 and math.isfinite(self.local_lr)):
