@@ -23,6 +23,7 @@ from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import parse_chunk
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks, assign
+from vfl.draws import marks, squared_norms
 from vfl.errors import DivergedError, UsageError
 from vfl.execute import Problem, Shared
 from vfl.executor import Executor, Round
@@ -79,6 +80,7 @@ class Engine:
         clients_per_round: Amount = 10,
         sampling: str = "uniform",
         work: Work = Work(),
+        importance: np.ndarray | None = None,
         execution: Execution = "auto",
         chunk: int | str | None = "auto",
         client_state: Literal["device", "host"] = "device",
@@ -92,6 +94,7 @@ class Engine:
         self.device, self.dtype = task.x.device, task.x.dtype
         self.sampler: Sampler = sampler(sampling, clients_per_round, data.clients.offsets)
         self.data_x, self.data_y = data.clients.x.to(self.device), data.clients.y.to(self.device)
+        self.marks = self._marks(importance)
         self.place = self.device if client_state == "device" else torch.device("cpu")
         self.drop = on_nonfinite == "drop"
         self.clock = Clock(profile, self.device)
@@ -243,8 +246,18 @@ class Engine:
     def _batch_bytes(self) -> int:
         """Bytes of a usual client's minibatch, as the model takes it."""
         clients = self.data.clients
-        examples = self.work.batch_size or max(len(clients.x) // clients.population, 1)
-        return int(examples * clients.x[:1].numel() * self.dtype.itemsize)
+        usual = np.array([max(len(clients.x) // clients.population, 1)])
+        return int(self.work.batch(usual)[0] * clients.x[:1].numel() * self.dtype.itemsize)
+
+    def _marks(self, importance: np.ndarray | None) -> Tensor | None:
+        """Where draw importance, the examples' probabilities (`vfl.draws.marks`)."""
+        if self.work.draw != "importance":
+            if importance is not None:
+                raise UsageError(f"importance is for draw importance, not for draw {self.work.draw}; leave it out")
+            return None
+        if importance is None:
+            importance = squared_norms(self.data_x, self.data.transform)
+        return marks(importance, self.data.clients.offsets).to(self.device)
 
     def _share(self, store: Store | Stores, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
         """For each replica, this rank's positions in the cohort [R, n], most steps first; and who owns which client."""
@@ -264,16 +277,21 @@ class Engine:
         ids, weights = ids[at], torch.tensor(factor[at], dtype=self.dtype, device=device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
         keys = keys.gather(1, torch.from_numpy(mine)).to(device)
-        clients = Clients(mine, ids, counts[at], starts, sizes, keys, weights)
+        draws = keys
+        if self.work.reshuffle == "once":  # no round is −1
+            draws = random.fold_in(random.fold_in(state.key, -1).reshape(-1, 1), torch.from_numpy(ids)).to(device)
+        clients = Clients(mine, ids, counts[at], starts, sizes, keys, draws, weights)
         if self.replicas is None:
-            alone = Clients(mine[0], ids[0], counts[at][0], starts[0], sizes[0], keys[0], weights[0])
-            return Queue(self.work, alone, state.buffers, lambda some: stores[0].gather(some, device), self.clock)
+            alone = Clients(mine[0], ids[0], counts[at][0], starts[0], sizes[0], keys[0],
+                            draws[0], weights[0])  # fmt: skip
+            return Queue(self.work, alone, state.buffers, lambda some: stores[0].gather(some, device), self.clock,
+                         self.marks)  # fmt: skip
 
         def states(some: np.ndarray) -> Tree:
             each = [store.gather(row, device) for store, row in zip(stores, some, strict=True)]
             return tree_map(lambda *leaves: torch.stack(leaves), *each)
 
-        return Queue(self.work, clients, state.buffers, states, self.clock)
+        return Queue(self.work, clients, state.buffers, states, self.clock, self.marks)
 
 
 def _at(stacked: Tree, r: int) -> Tree:

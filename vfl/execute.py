@@ -25,6 +25,7 @@ from vfl.leafwise import leafwise
 from vfl.local import Batches
 from vfl.matmul import faster_products
 from vfl.reduce import Results, Sums, add
+from vfl.task import Weight
 
 
 class Shared(NamedTuple):
@@ -47,6 +48,7 @@ class Inputs(NamedTuple):
     key: Tensor  # [C]
     factor: Tensor  # [C] its weight's factor from the sampler
     buffers: tuple[Tensor, ...]  # [C, ...] each
+    weight: Weight = ()  # [C, K, B] its minibatches'
 
 
 class Bounds(NamedTuple):
@@ -80,6 +82,7 @@ def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -
     batches = Batches(
         shared.x, shared.y, mine.rows, mine.mask, mine.steps, mine.start, mine.examples, random.fold_in(mine.key, 1),
         mine.buffers, bounds.shortest, bounds.largest, problem.transform, problem.dtype,
+        mine.weight,
     )  # fmt: skip
     key = random.fold_in(mine.key, 2)
     message, client, metrics = problem.algorithm.client_update(shared.sent, mine.client, batches, key)

@@ -6,40 +6,104 @@ Letters: M packed examples, C clients in a chunk, K local steps, B batch, D para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vfl import random
+from vfl import draws, random
 from vfl.base import Message, Metrics, Tree, leaves, tree_map
 from vfl.data.container import Transform
-from vfl.errors import UsageError
+from vfl.errors import UsageError, unknown
 from vfl.optimizers import Optimizer, clip_norm
-from vfl.task import Batch, GradFn
+from vfl.task import Batch, GradFn, Weight
+
+Draw = Literal["epochs", "nice", "multi", "importance"]
+Reshuffle = Literal["epoch", "round", "once"]
+BatchSize = int | float | str | None
+"""How many examples: a count, a fraction (`0.1`, `10%`) of the client's own, or all (None, or `all`)."""
+_MANY = 2**31  # more examples than a client has, and the product of two still fits into 63 bits
 
 
 class Work(NamedTuple):
-    """How much a client does in a round: `epochs` passes over its examples, or `steps` minibatches when given."""
+    """How much a client does in a round, and how its minibatches are drawn, which makes its gradient estimator.
 
-    batch_size: int | None = 20  # examples; None: all of the client's at once
+    `draw` epochs: passes over its examples, `epochs` of them or `steps` minibatches when given, the last partial one
+    used; their order is new each `reshuffle`: epoch, round, or once (one order a client, in every round of a run).
+    nice: in each of `steps` steps (1 if not given), τ examples without replacement; multi: τ with replacement, uniform;
+    importance: τ with replacement, example j with probability pⱼ and weight 1/(n pⱼ) in the mean, so that the gradient
+    stays unbiased. All of a client's examples in 1 step are its full gradient, multi with τ = 1 a single sample's.
+    """
+
+    batch_size: BatchSize = 20  # τ
     epochs: int = 1
     steps: int | None = None
+    draw: Draw = "epochs"
+    reshuffle: Reshuffle = "epoch"
+
+    def batch(self, sizes: np.ndarray) -> np.ndarray:
+        """τ of clients with n = `sizes` examples: int64 [C]; 0 for a client without data.
+
+        A fraction is rounded up. Without replacement τ is at most n.
+        """
+        amount = _amount(self.batch_size)
+        if isinstance(amount, float):
+            batch = np.ceil(amount * sizes - 1e-9).astype(np.int64)  # 0.1 · 30 is 3, not 3.0000000000000004
+        else:
+            batch = sizes if amount is None else np.full_like(sizes, amount)
+        if self.draw in ("epochs", "nice"):
+            batch = np.minimum(batch, sizes)
+        return np.maximum(batch, 1) * np.minimum(sizes, 1)
 
     def per_epoch(self, sizes: np.ndarray) -> np.ndarray:
         """Minibatches in one pass, the last partial one included: int64 [C]; 0 for a client without data."""
-        return np.minimum(sizes, 1) if self.batch_size is None else -(-sizes // self.batch_size)
+        return -(-sizes // np.maximum(self.batch(sizes), 1))
 
     def counts(self, sizes: np.ndarray) -> np.ndarray:
         """Local steps of clients with these many examples: int64 [C]."""
-        return self.epochs * self.per_epoch(sizes) if self.steps is None else self.steps * np.minimum(sizes, 1)
+        if self.steps is None and self.draw == "epochs":
+            return self.epochs * self.per_epoch(sizes)
+        return (self.steps or 1) * np.minimum(sizes, 1)
 
     def check(self) -> None:
-        """Raises UsageError for a batch, an epoch count or a step count below 1."""
-        for name, value in self._asdict().items():
+        """Raises UsageError for a count below 1, a fraction outside (0, 1], and rules that exclude each other."""
+        _amount(self.batch_size)
+        for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             if value is not None and value < 1:
-                raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        for name, kinds in (("draw", Draw), ("reshuffle", Reshuffle)):
+            if getattr(self, name) not in get_args(kinds):
+                raise unknown(name, str(getattr(self, name)), get_args(kinds))
+        if self.draw != "epochs" and self.epochs != 1:
+            raise UsageError(f"draw {self.draw} takes steps and knows no epochs, so epochs cannot be {self.epochs}; "
+                             "give the number of steps instead, or use draw epochs")  # fmt: skip
+        if self.draw != "epochs" and self.reshuffle != "epoch":
+            raise UsageError(f"draw {self.draw} draws afresh in each step, so reshuffle cannot be {self.reshuffle}; "
+                             "leave it out, or use draw epochs")  # fmt: skip
+        if self.reshuffle == "once" and self.steps is not None:
+            raise UsageError("reshuffle once visits the same minibatches in every round, so with a number of steps the "
+                             "others would never be seen; give epochs instead")  # fmt: skip
+
+
+def _amount(amount: BatchSize) -> int | float | None:
+    """A count (int), a share in (0, 1] (float), or None for all."""
+    if amount is None or amount == "all":
+        return None
+    text = str(amount).strip()
+    wanted = "all, a whole number from 1 or a fraction (0.1 or 10%)"
+    try:
+        if text.endswith("%"):
+            value = float(text[:-1]) / 100
+        else:
+            value = float(text) if isinstance(amount, float) or not text.lstrip("-").isdigit() else int(text)
+    except ValueError:
+        raise UsageError(f"batch-size must be {wanted}, not {text!r}") from None
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise UsageError(f"batch-size {text!r} is a fraction outside (0, 1]; write a whole number for a count")
+    if isinstance(value, int) and not 1 <= value < _MANY:
+        raise UsageError(f"batch-size must be {'at least 1' if value < 1 else f'below {_MANY}'}, not {value}")
+    return value
 
 
 class Minibatches(NamedTuple):
@@ -49,33 +113,47 @@ class Minibatches(NamedTuple):
     mask: Tensor  # [C, K, B] bool; false: padding
     steps: Tensor  # [C] int64 steps of each client, ≤ K
     shortest: int  # the fewest steps of the chunk's clients
+    weight: Weight = ()  # [C, K, B] float64
 
 
-def minibatches(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray) -> Minibatches:
-    """Minibatches of a chunk of clients: each pass is a fresh permutation, the last partial batch is used.
+def minibatches(
+    work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray, marks: Tensor | None = None
+) -> Minibatches:
+    """Minibatches of a chunk of clients, drawn as `work` says; `marks` (`vfl.draws`) are needed for importance.
 
-    keys [C] decide the order; client c owns the rows starts[c] … starts[c] + sizes[c] − 1. What a client visits depends
+    keys [C] decide the draw; client c owns the rows starts[c] … starts[c] + sizes[c] − 1. What a client visits depends
     on its own key and size alone, not on who shares its chunk.
     """
     device = keys.device
-    per_epoch, counts = work.per_epoch(sizes), work.counts(sizes)
-    steps, longest = max(int(counts.max()), 1), max(int(sizes.max()), 1)
-    batch = min(work.batch_size or longest, longest)  # padding that no client fills would cost as much as examples
-    epochs = -(-counts // np.maximum(per_epoch, 1))
-    slots = max(int((epochs * sizes).max()), 1)
-    n, spe, start = (torch.from_numpy(np.maximum(a, least)).to(device)[:, None] for a, least in (
-        (sizes, 1), (per_epoch, 1), (np.where(sizes > 0, starts, 0), 0)))  # [C, 1]  # fmt: skip
-    # One sort gives every epoch's permutation: slot j is example j mod n of epoch j div n, ordered by (epoch, hash).
-    slot = torch.arange(slots, device=device)
-    order = (((slot // n) << 40) | (random.bits(keys, slots) & (2**40 - 1))).argsort(dim=1, stable=True) % n
-    k = torch.arange(steps, device=device)
-    within = (k % spe)[:, :, None] * batch + torch.arange(batch, device=device)  # [C, K, B] position in the epoch
-    mine = torch.from_numpy(counts).to(device)
-    mask = (within < n[:, :, None]) & (k < mine[:, None])[:, :, None]
-    position = ((k // spe) * n)[:, :, None] + within
-    rows = start[:, :, None] + order.gather(1, position.where(mask, 0).flatten(1)).reshape(mask.shape)
+    batches, counts = work.batch(sizes), work.counts(sizes)
+    steps, largest = max(int(counts.max()), 1), max(int(sizes.max()), 1)
+    batch = max(int(batches.max()), 1)  # padding that no client fills would cost as much as examples
+    n, start, mine = (torch.from_numpy(a).to(device)[:, None] for a in (
+        np.maximum(sizes, 1), np.where(sizes > 0, starts, 0), counts))  # [C, 1]  # fmt: skip
+    place, k = torch.arange(batch, device=device), torch.arange(steps, device=device)
+    mask = (place < torch.from_numpy(batches).to(device)[:, None, None]) & (k < mine)[:, :, None]
+    weight: Weight = ()
+    if work.draw == "nice":
+        chosen = draws.nice(keys, n, steps, batch, largest)
+    elif work.draw == "multi":
+        chosen = draws.multi(keys, n, steps, batch)
+    elif work.draw == "importance":
+        if marks is None:
+            raise ValueError("draw importance needs the marks of its probabilities")
+        chosen, weight = draws.weighted(keys, n, start, marks, steps, batch)
+    else:
+        per_epoch = np.maximum(work.per_epoch(sizes), 1)
+        fresh = work.reshuffle == "epoch"
+        passes = -(-counts // per_epoch) if fresh else 1
+        order = draws.shuffled(keys, n, max(int((passes * sizes).max()), 1))
+        spe, size = (torch.from_numpy(np.maximum(a, 1)).to(device)[:, None] for a in (per_epoch, batches))
+        within = (k % spe * size)[:, :, None] + place  # [C, K, B] position in the epoch
+        mask = mask & (within < n[:, :, None])
+        position = within + (k // spe * n)[:, :, None] if fresh else within
+        chosen = order.gather(1, position.where(mask, 0).flatten(1)).reshape(mask.shape)
     # Padding repeats the client's own first example: another client's may hold NaN, and zero times NaN is NaN.
-    return Minibatches(rows.where(mask, start[:, :, None]), mask, mine, int(counts.min()))
+    rows = (start[:, :, None] + chosen).where(mask, start[:, :, None])
+    return Minibatches(rows, mask, mine[:, 0], int(counts.min()), weight)
 
 
 class Batches(NamedTuple):
@@ -94,6 +172,7 @@ class Batches(NamedTuple):
     largest: int  # no client of the chunk has more examples
     transform: Transform
     dtype: torch.dtype
+    weight: Weight = ()  # [K, B]
 
     @property
     def longest(self) -> int:
@@ -102,7 +181,8 @@ class Batches(NamedTuple):
 
     def at(self, k: int) -> Batch:
         """Minibatch k."""
-        return self._batch(self.rows[k], self.mask[k], k)
+        weight = self.weight[k].to(self.dtype) if isinstance(self.weight, Tensor) else ()
+        return self._batch(self.rows[k], self.mask[k], k)._replace(weight=weight)
 
     def whole(self) -> Iterator[Batch]:
         """All of the client's examples once, in order, in minibatches of B."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Tree
+from vfl.base import Tree, tree_map
 from vfl.execute import Bounds, Inputs
 from vfl.local import Minibatches, Work, minibatches
 from vfl.profiling import Clock
@@ -57,6 +57,7 @@ class Clients(NamedTuple):
     starts: np.ndarray  # [n] first row of their examples
     sizes: np.ndarray  # [n] examples
     keys: Tensor  # [n]
+    draws: Tensor  # [n] the keys of their minibatches
     factor: Tensor  # [n] their weights' factors from the sampler
 
 
@@ -80,7 +81,9 @@ class Queue:
         buffers: tuple[Tensor, ...],
         states: Callable[[np.ndarray], Tree],
         clock: Clock,
+        marks: Tensor | None = None,
     ) -> None:
+        self.marks = marks  # see `minibatches`
         self.work, self.clients, self.buffers, self.states, self.clock = work, clients, buffers, states, clock
         self.done = 0  # clients handed out
         self._group: Group | None = None
@@ -110,13 +113,15 @@ class Queue:
         group = self._drawn(first, last, count)
         of, at = np.s_[..., first:last], np.s_[..., first - group.first : last - group.first]
         counts, largest = c.counts[of], int(c.sizes[of].max())
-        steps, batch = int(counts.max()), min(self.work.batch_size or largest, largest)
+        steps, batch = int(counts.max()), int(self.work.batch(c.sizes[of]).max())
         visits = (*at, slice(steps), slice(batch))
         lead = counts.shape[:-1]
+        weight = group.plan.weight
         inputs = Inputs(
             self.states(c.ids[of]), group.plan.rows[visits].contiguous(), group.plan.mask[visits].contiguous(),
             group.plan.steps[at], group.starts[at], group.sizes[at], c.keys[of], c.factor[of],
             tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
+            weight[visits].contiguous() if isinstance(weight, Tensor) else (),
         )  # fmt: skip
         return Slice(c.now[of], c.ids[of], counts, Bounds(int(counts.min()), largest), inputs)
 
@@ -125,16 +130,17 @@ class Queue:
         if self._group is None or not self._group.first <= first < last <= self._group.last:
             c, longest = self.clients, int(self.clients.sizes.max())
             replicas = c.now.size // c.now.shape[-1]
-            visits = int(c.counts[..., first].max()) * min(self.work.batch_size or longest, longest) * replicas
+            # nice hashes all of a client's examples in each step
+            batch = longest if self.work.draw == "nice" else int(self.work.batch(c.sizes).max())
+            visits = int(c.counts[..., first].max()) * batch * replicas
             many = max(GROUP // visits, count) // count * count
             end = max(min(first + many, first + self.alike), last)
             of = np.s_[..., first:end]
             shape, device = c.now[of].shape, c.keys.device
-            keys = random.fold_in(c.keys[of].reshape(-1), 0)
-            plan = minibatches(self.work, keys, c.starts[of].reshape(-1), c.sizes[of].reshape(-1))
+            keys = random.fold_in(c.draws[of].reshape(-1), 0)
+            plan = minibatches(self.work, keys, c.starts[of].reshape(-1), c.sizes[of].reshape(-1), self.marks)
             if len(shape) > 1:
-                rows, mask, steps = (t.unflatten(0, shape) for t in (plan.rows, plan.mask, plan.steps))
-                plan = Minibatches(rows, mask, steps, plan.shortest)
+                plan = tree_map(lambda t: t.unflatten(0, shape) if isinstance(t, Tensor) else t, plan)
             starts, sizes = (torch.from_numpy(a[of]).to(device) for a in (c.starts, c.sizes))
             self._group = Group(first, end, plan, starts, sizes)
         return self._group

@@ -14,7 +14,7 @@ from vfl.data.container import FederatedData
 from vfl.distributed import Ranks
 from vfl.engine import Engine, RoundMetrics, State
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
-from vfl.local import Work
+from vfl.local import BatchSize, Draw, Reshuffle, Work
 from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
@@ -47,7 +47,7 @@ def rounds(
     rounds: int,
     *,
     seed: int = 0,
-    batch_size: int | None = 20,
+    batch_size: BatchSize = 20,
     local_epochs: int = 1,
     local_steps: int | None = None,
     evaluation: Evaluation = Evaluation(),
@@ -57,8 +57,11 @@ def rounds(
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """Plays rounds and yields (state, metrics) after each, until `rounds` are done or `stop()` is true on some rank.
 
-    `state` continues an earlier run; every other keyword goes to `vfl.Engine` (clients_per_round, sampling, execution,
-    chunk, client_state, on_nonfinite, profile, replicas, ranks). Metrics, by name: `round`; `train_loss` (mean over the
+    `batch_size` is a count, a share of each client's examples (`0.1`, `10%`) or None for all of them; `draw` and
+    `reshuffle`, keywords too, are those of `vfl.Work`. `state` continues an earlier run; every other keyword goes to
+    `vfl.Engine` (clients_per_round, sampling, execution, chunk, client_state, on_nonfinite, profile, importance,
+    replicas, ranks); `importance` [M] is what the examples' probabilities are proportional to under draw importance,
+    by default their inputs' squared norms. Metrics, by name: `round`; `train_loss` (mean over the
     examples that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
     `evaluation`; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
     `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
@@ -81,9 +84,11 @@ def make_engine(
     task: Task,
     data: FederatedData,
     *,
-    batch_size: int | None = 20,
+    batch_size: BatchSize = 20,
     local_epochs: int = 1,
     local_steps: int | None = None,
+    draw: Draw = "epochs",
+    reshuffle: Reshuffle = "epoch",
     **engine: Any,
 ) -> Engine:
     """The engine of an experiment; the keywords are those of `rounds`."""
@@ -94,7 +99,8 @@ def make_engine(
             algorithm = over_grid(algorithm, task, population, list(replicas.grid))
         else:
             algorithm = algorithm.build(task, population)
-    return Engine(algorithm, task, data, work=Work(batch_size, local_epochs, local_steps), **engine)
+    work = Work(batch_size, local_epochs, local_steps, draw, reshuffle)
+    return Engine(algorithm, task, data, work=work, **engine)
 
 
 def play(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs [B, ...], targets [B, ...]) → one loss an example [B]."""
 
+Weight = Tensor | tuple[()]
+"""What each example's loss counts in the minibatch's mean; (), which vmap takes as no argument at all: 1."""
+
 
 class Batch(NamedTuple):
     """A minibatch; rows whose mask is false are padding and count for nothing."""
@@ -31,18 +34,19 @@ class Batch(NamedTuple):
     y: Tensor  # [B, ...] targets
     mask: Tensor  # [B] bool
     key: Tensor  # [] random key of this batch (dropout)
+    weight: Weight = ()  # [B]
 
 
 class Aux(NamedTuple):
     """What a gradient brings along."""
 
-    loss: Tensor  # [] sum of the losses of the batch's examples
+    loss: Tensor  # [] sum of the losses of the batch's examples, weighted where the batch is
     examples: Tensor  # [] how many there were
     buffers: tuple[Tensor, ...]  # the module's buffers after the forward pass
 
 
 GradFn = Callable[[Tensor, Batch, tuple[Tensor, ...]], tuple[Tensor, Aux]]
-"""(x [D], batch, buffers) → (gradient [D] of the batch's mean loss at x, aux)."""
+"""(x [D], batch, buffers) → (gradient [D] of the batch's mean loss at x, aux); the mean is Σ weightⱼ ℓⱼ / B."""
 
 
 class Task(NamedTuple):
@@ -173,6 +177,8 @@ def task(
 
     def losses(parameters: dict[str, Tensor], outputs: Tensor, batch: Batch) -> Tensor:
         values = each("loss", loss, outputs, batch)
+        if isinstance(batch.weight, Tensor):
+            values = values * batch.weight
         if regularizer is None:
             return values
         return values + regularizer(torch.cat([p.reshape(-1) for p in parameters.values()]))

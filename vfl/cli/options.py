@@ -13,6 +13,7 @@ import tyro
 from vfl.algorithms import load_algorithm
 from vfl.cli.arguments import flag, parse
 from vfl.errors import UsageError, unknown
+from vfl.local import Draw, Reshuffle, Work
 from vfl.regularizers import regularizer
 from vfl.replicas import Replication, parse_grid
 from vfl.runs import CONFIG, is_run, read_config
@@ -54,11 +55,16 @@ class RunOptions:
     rounds: int = 100
     """Communication rounds, those before a resume included."""
     batch_size: str = "20"
-    """Examples in a local minibatch, or all: every step on all of a client's examples."""
+    """Examples in a local minibatch: a count, a fraction of the client's own (0.1 or 10%), rounded up, or all."""
     local_epochs: int = 1
     """Passes over a client's own examples in a round."""
     local_steps: Annotated[int | None, _default("as many as the local epochs take")] = None
     """Local minibatch steps in a round, in place of --local-epochs."""
+    draw: Draw = "epochs"
+    """How minibatches are drawn: in epochs, or afresh in each of --local-steps (1): nice (without replacement), multi
+    (with), importance (with, by the inputs' squared norms, reweighted to stay unbiased)."""
+    reshuffle: Reshuffle = "epoch"
+    """When a client's order of examples is drawn, in epochs: for each epoch, each round, or once."""
     seed: int = 0
     """Seed of every random draw: data split, model, cohorts, minibatches. A whole number from 0."""
     data_seed: Annotated[int | None, _default("--seed")] = None
@@ -125,7 +131,7 @@ class RunOptions:
                 raise UsageError(f"{flag(name)} is a fraction from 0 to below 1, not {value}")
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
-        self.examples_per_batch()
+        Work(self.batch_size, self.local_epochs, self.local_steps, self.draw, self.reshuffle).check()
         self.replication()
         self.wanted_ranks()
         regularizer(self.regularizer)
@@ -137,10 +143,6 @@ class RunOptions:
         chosen = Replication(1 if self.replicas is None else self.replicas, parse_grid(self.grid))
         chosen.check()
         return chosen
-
-    def examples_per_batch(self) -> int | None:
-        """The batch size as a number; None: all of a client's examples."""
-        return _count("batch_size", self.batch_size, "all", _MANY - 1)
 
     def wanted_ranks(self) -> int | None:
         """The number of ranks; None: auto."""

@@ -73,8 +73,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         models = {s: make_task(call, data, device, options.seed + s).x for s in range(replicas.seeds)}
         x = torch.stack([models[int(setting["replica"])] for setting in replicas.settings()])
     engine = make_engine(
-        call.algorithm, learning, data, batch_size=options.examples_per_batch(), local_epochs=options.local_epochs,
-        local_steps=options.local_steps, clients_per_round=options.clients_per_round, sampling=options.sampling,
+        call.algorithm, learning, data, batch_size=options.batch_size, local_epochs=options.local_epochs,
+        local_steps=options.local_steps, draw=options.draw, reshuffle=options.reshuffle,
+        clients_per_round=options.clients_per_round, sampling=options.sampling,
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
         on_nonfinite=options.on_nonfinite, profile=options.profile, replicas=replicas, ranks=ranks,
     )  # fmt: skip
