@@ -244,6 +244,19 @@ def test_an_example_of_tiny_weight_can_still_be_drawn() -> None:
     assert units.tolist() == [1, draws.UNIT - 2, 1]
 
 
+def test_coarse_probabilities_are_drawn_as_they_were_rounded_and_stay_with_their_client(monkeypatch) -> None:
+    monkeypatch.setattr(draws, "UNIT", 16)  # so that a draw often falls on the mark between two examples
+    marks = draws.marks(L, OFFSETS)
+    p = np.diff(marks.numpy())[START : START + n] / 16
+    keys = random.split(random.key(0), CLIENTS)
+    starts, sizes = np.full(CLIENTS, START), np.full(CLIENTS, n)
+    plan = minibatches(Work(2, draw="importance"), keys, starts, sizes, marks)
+    counts, total = frequencies(plan)
+    fits(counts, total * p)
+    assert isinstance(plan.weight, Tensor)
+    np.testing.assert_allclose(plan.weight, 1 / (n * p[plan.rows.numpy() - START]), rtol=1e-12)
+
+
 def test_importance_of_no_examples_at_all_is_no_importance() -> None:
     assert draws.marks(np.zeros(0), np.array([0, 0, 0])).tolist() == [0]
 
