@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
 from benchmarks.systems import SYSTEMS
+from benchmarks.tables import header, line, number
 from vfl.errors import UsageError
 
 FOLDER = Path(__file__).parent
@@ -90,11 +91,6 @@ def cell(found: Sequence[Summary], system: str, model: str) -> str:
     return number(row.clients_per_s) + compared + (" other work" if row in other_work(found) else "")
 
 
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def throughput(result: dict[str, Any]) -> str:
     """The section on `benchmarks.throughput`."""
     found = summaries(result["runs"])
@@ -111,8 +107,8 @@ def throughput(result: dict[str, Any]) -> str:
         "rounds after the first, then over the repeats. In parentheses, how many times as fast vfl is. Models: softmax "
         "784→10, mlp 784-200-200-10, cnn conv5×5×32, conv5×5×64, fc512.",
         "",
-        *_header(["system", "", *models]),
-        *(_row([name, _what(name, versions.get(name)), *(cell(found, name, m) for m in models)]) for name in names),
+        *header(["system", "", *models]),
+        *(line([name, _what(name, versions.get(name)), *(cell(found, name, m) for m in models)]) for name in names),
         "",
         "![throughput](results/throughput.png)",
         "",
@@ -121,8 +117,8 @@ def throughput(result: dict[str, Any]) -> str:
         "the check that all systems did the same work (it agrees in all digits where a batch is all of a client's "
         "examples, `--batch 60`, and the order cannot matter).",
         "",
-        *_header(["model", "system", "s a round", "first round", "peak MB", "clients/s, range", "rounds × repeats",
-                  "moved", "execution, chunk"]),
+        *header(["model", "system", "s a round", "first round", "peak MB", "clients/s, range", "rounds × repeats",
+                 "moved", "execution, chunk"]),
     ]  # fmt: skip
     for row in sorted(plays, key=lambda row: models.index(row.model)):
         chosen = f"{row.execution}, {row.chunk}" if row.execution else ""
@@ -130,7 +126,7 @@ def throughput(result: dict[str, Any]) -> str:
         memory = "" if row.peak_rss_mb is None else number(row.peak_rss_mb)
         values = [row.model, row.system, f"{row.s_per_round:.3g}", f"{row.first_round_s:.3g}", memory, spread,
                   f"{row.rounds} × {row.repeats}", f"{row.moved:.4g}", chosen]  # fmt: skip
-        lines.append(_row(values))
+        lines.append(line(values))
     lines += ["", *(f"- {name}: {SYSTEMS[name].note}" for name in names if name in SYSTEMS and SYSTEMS[name].note)]
     return "\n".join(lines)
 
@@ -140,15 +136,9 @@ def _what(name: str, version: str | None) -> str:
     return f"{what} ({version})" if version else what
 
 
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _header(columns: Sequence[str]) -> list[str]:
-    return [_row(columns), "|" + "---|" * len(columns)]
-
-
-SECTIONS = {"throughput": throughput}
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "throughput": throughput,
+}
 """A benchmark's name, in its file's `benchmark` → its section."""
 
 

@@ -10,10 +10,8 @@ turns. A number is the median over the rounds after the first, and then over the
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,13 +20,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import Summary, cell, number, summaries
+from benchmarks.measuring import result, save
+from benchmarks.report import Summary, cell, summaries
 from benchmarks.systems import SYSTEMS
+from benchmarks.tables import number
 from benchmarks.work import ROUNDS, Work
 from vfl.errors import UsageError, unknown
 
@@ -76,20 +75,6 @@ def measure(name: str, model: str, work: Work, peers: Path) -> dict[str, Any]:
         "peak_rss_mb": None if None in peaks else sum(peaks) / MB,
         **{key: lines[0][key] for key in ("execution", "chunk", "moved", "version")},
         "rounds": work.rounds,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": cores,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 
@@ -156,10 +141,7 @@ def main(
     names, chosen = _chosen("system", systems, SYSTEMS), _chosen("model", models, ROUNDS)
     _check(work, repeats)
     console = Console(stderr=True)
-    result: dict[str, Any] = {
-        "benchmark": "throughput", "date": datetime.date.today().isoformat(), "machine": machine(),
-        "work": asdict(work), "runs": [],
-    }  # fmt: skip
+    runs: list[dict[str, Any]] = []
     for turn in range(1, repeats + 1):
         for model in chosen:
             for name in names:
@@ -169,23 +151,18 @@ def main(
                 except MissingError as error:
                     run, said = {"system": name, "model": model, "missing": str(error)}, str(error)
                 console.print(f"{turn}/{repeats} {model} {name}: {said}", highlight=False, markup=False)
-                result["runs"].append(run)
-    found = summaries(result["runs"])
+                runs.append(run)
+    found = summaries(runs)
     if as_json:
         for row in found:
             print(row.json())
     else:
         Console().print(table(found))
-        _write(result, found, out)
+        save(result("throughput", work=asdict(work), runs=runs), out / "throughput.json")
+        if any(row.clients_per_s for row in found):
+            plot(found, out / "throughput.png")
     if any(row.missing for row in found):
         sys.exit(1)
-
-
-def _write(result: dict[str, Any], found: Sequence[Summary], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if any(row.clients_per_s for row in found):
-        plot(found, out / "throughput.png")
 
 
 def _chosen(what: str, wanted: Sequence[str], known: dict[str, Any]) -> list[str]:

@@ -1,0 +1,59 @@
+"""What the benchmarks share: clocks, and what a result is written down with."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(call: Callable[[], object], tries: int) -> list[float]:
+    """How long each of some calls takes, after one that warms up."""
+    call()
+    return [_timed(call) for _ in range(tries)]
+
+
+def in_turn(first: Callable[[], object], second: Callable[[], object], tries: int) -> tuple[list[float], list[float]]:
+    """How long each of two calls takes, by turns, so that whatever slows the machine down slows both."""
+    first()
+    second()
+    pairs = [(_timed(first), _timed(second)) for _ in range(tries)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on beside the code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def result(benchmark: str, **found: Any) -> dict[str, Any]:
+    """A benchmark's findings with what the report says of every one: where and when."""
+    return {"benchmark": benchmark, "date": datetime.date.today().isoformat(), "machine": machine(), **found}
+
+
+def save(found: dict[str, Any], path: Path) -> None:
+    """Writes a result as `benchmarks.report` reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,59 @@
+"""A table once, for the terminal and for the report: its columns, and how each shows a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+"""A measured case, as it stands in the JSON file; one that could not be measured has its reason in `missing`."""
+
+
+class Column(NamedTuple):
+    """A heading, and what stands below it."""
+
+    title: str
+    show: Callable[[Row], str]
+
+
+def terminal(columns: Sequence[Column], rows: Iterable[Row], title: str, caption: str = "") -> Table:
+    """For the terminal. The first column names the row; all others are numbers."""
+    made = Table(title=title, caption=caption or None)
+    for i, column in enumerate(columns):
+        made.add_column(column.title, justify="right" if i else "left")
+    for row in rows:
+        made.add_row(*_cells(columns, row))
+    return made
+
+
+def markdown(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
+    """The lines of the same table in Markdown."""
+    return [*header([column.title for column in columns]), *(line(_cells(columns, row)) for row in rows)]
+
+
+def _cells(columns: Sequence[Column], row: Row) -> list[str]:
+    if "missing" in row:
+        return [columns[0].show(row), row["missing"], *[""] * (len(columns) - 2)]
+    return [column.show(row) for column in columns]
+
+
+def line(values: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+
+def header(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line(titles), "|" + "---|" * len(titles)]
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mark(holds: bool) -> str:
+    """Whether a bound holds."""
+    return "✓" if holds else "✗"
