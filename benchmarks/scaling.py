@@ -1,30 +1,48 @@
-"""How a round's time and memory grow: with the population, and with the cohort.
+"""How a round's time and memory grow: with the population, the cohort, the model, the local work and the ranks.
 
     python -m benchmarks.scaling --what population     # N = 1,000 against N = 1,000,000, same cohort
-    python -m benchmarks.scaling --what cohort         # 10 to 500 clients in one vmap
+    python -m benchmarks.scaling --what cohort         # 10 to 5,000 clients
+    python -m benchmarks.scaling --what dimension      # models of 1,000 to 10,000,000 parameters
+    python -m benchmarks.scaling --what steps          # 1 to 50 local steps
+    python -m benchmarks.scaling --what ranks          # 1 and 2 processes of one thread
+    python -m benchmarks.scaling --what overhead       # a round with next to nothing to compute: at most 2 ms
 
-Every row is a process of its own, so that its peak memory is its own. Times are medians over rounds.
+Every row is a process of its own, so that its peak memory is its own, with one thread unless OMP_NUM_THREADS says
+otherwise. Times are medians over rounds. `--json benchmarks/results/scaling_cohort.json` writes the numbers, and a plot
+beside them where matplotlib is installed.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import json as json_
+import math
+import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 import vfl
 from algorithms.fedavg import FedAvg
+from benchmarks.growth import columns, plot
+from benchmarks.measuring import result, save
+from benchmarks.tables import number, terminal
 from vfl.chunks import Memory
+from vfl.errors import UsageError
 
 MB = 1e6
+AT_ONCE = 256 * MB  # of the clients' models
+WARM_UP = 2  # rounds: the first one learns what results look like, the second one compiles
+FEWEST = 3  # rounds measured, however long they take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,69 +52,176 @@ class Case:
     population: int = 1000
     """Clients N."""
     cohort: int = 100
-    """Clients a round, all in one vmap."""
+    """Clients a round, all in one vmap unless their models fill more than 256 MB."""
     rounds: int = 20
     """Rounds measured, after two that are not."""
+    seconds: float = 10.0
+    """Seconds after which no further round is measured; three are, at least."""
     examples: int = 20
     """Examples a client."""
     features: int = 32
     """Numbers an example."""
+    classes: int = 10
+    """Classes."""
     model: str = "softmax"
     """Model."""
+    steps: int = 1
+    """Local steps, of 20 examples."""
+    execution: Literal["vmap", "compile", "loop", "auto"] = "vmap"
+    """How clients are computed."""
+    ranks: int = 1
+    """Processes that share the cohort."""
+
+
+class Axis(NamedTuple):
+    """What is varied."""
+
+    values: tuple[int | str, ...]
+    at: Callable[[Case, Any], Case]  # the case there
+
+
+def _width(case: Case, parameters: int) -> int:
+    """Units w of two equal hidden layers: w² + (features + classes + 2) w + classes are about as many parameters."""
+    b = (case.features + case.classes + 2) / 2
+    return max(round(math.sqrt(b * b + max(parameters - case.classes, 0)) - b), 1)
+
+
+AXES: dict[str, Axis] = {
+    "population": Axis((1_000, 1_000_000), lambda case, N: replace(case, population=N)),
+    "cohort": Axis(
+        (10, 100, 500, 1_000, 5_000), lambda case, S: replace(case, cohort=S, population=max(S, case.population))
+    ),
+    "dimension": Axis(
+        (10**3, 10**4, 10**5, 10**6, 10**7),
+        lambda case, D: replace(case, model="mlp:{0},{0}".format(_width(case, D))),
+    ),
+    "steps": Axis((1, 2, 5, 10, 20, 50), lambda case, K: replace(case, steps=K)),
+    "ranks": Axis((1, 2), lambda case, R: replace(case, ranks=R, model="mlp", features=784, examples=60, steps=3)),
+    # 4 features of 2 classes: a model of 10 parameters.
+    "overhead": Axis(
+        ("vmap", "compile", "loop"),
+        lambda case, execution: replace(case, execution=execution, cohort=1, features=4, classes=2, steps=1),
+    ),
+}
+"""By name. Two set more than their own value: ranks share the work of the throughput benchmark's mlp, and overhead is
+measured on one client with one step of a model of 10 parameters."""
 
 
 def measure(case: Case) -> dict[str, float]:
     """Median seconds a round, and the peak memory beside the data (MB), of FedAvg on synthetic data."""
     memory = Memory(torch.device("cpu"))
     before = memory.used() or 0
-    spec = f"synthetic:features={case.features},examples={case.examples}"
+    spec = f"synthetic:features={case.features},classes={case.classes},examples={case.examples}"
     data = vfl.data.federated(spec, clients=case.population)
-    task = vfl.task(vfl.models.model(case.model, (case.features,), 10))
-    stream = vfl.rounds(
-        FedAvg(), task, data, case.rounds + 2, clients_per_round=case.cohort, chunk=case.cohort,
-        evaluation=vfl.Evaluation(every=0),
-    )  # fmt: skip
-    seconds = [metrics["seconds"] for _, metrics in stream][2:]
+    task = vfl.task(vfl.models.model(case.model, (case.features,), case.classes))
+    parameters = task.x.numel()
+    chunk = max(min(case.cohort, int(AT_ONCE / (parameters * task.x.element_size()))), 1)
+    seconds: list[float] = []
+    with vfl.launched(task.x.device) as ranks:
+        stream = vfl.rounds(
+            FedAvg(), task, data, case.rounds + WARM_UP, clients_per_round=case.cohort, chunk=chunk, ranks=ranks,
+            execution=case.execution, local_steps=case.steps, evaluation=vfl.Evaluation(every=0),
+            stop=_after(case.seconds),
+        )  # fmt: skip
+        seconds += [metrics["seconds"] for _, metrics in stream]
     held = data.clients.x.nbytes + data.clients.y.nbytes + data.clients.offsets.nbytes
     return {
-        "s_per_round": statistics.median(seconds),
+        "s_per_round": statistics.median(seconds[WARM_UP:]),
+        "rounds": len(seconds) - WARM_UP,
+        "parameters": parameters,
         "data_mb": held / MB,
         "beside_mb": ((memory.peak() or 0) - before - held) / MB,
     }
 
 
-def main(what: Literal["population", "cohort", "case"], case: Case = Case(), repeats: int = 3) -> None:
+def _after(seconds: float) -> Callable[[], bool]:
+    """Whether to stop, asked once a round: when the time is over that begins after the warm-up."""
+    started, asked = 0.0, 0
+
+    def stop() -> bool:
+        nonlocal started, asked
+        asked += 1
+        if asked == WARM_UP:
+            started = time.monotonic()
+        return asked >= WARM_UP + FEWEST and time.monotonic() - started > seconds
+
+    return stop
+
+
+def measured_apart(case: Case) -> dict[str, float]:
+    """`measure` in a process of its own, or several. Raises UsageError where they fail."""
+    arguments = [f"--case.{name}={value}" for name, value in asdict(case).items()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    command = [sys.executable, *(launcher if case.ranks > 1 else []), "-m", "benchmarks.scaling", "--what", "case"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"s_per_round": ')]
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        why = next((line for line in reversed(said) if "Error" in line), said[-1])
+        raise UsageError(f"{case} could not be measured: {why.strip()}")
+    return json_.loads(lines[0])
+
+
+def main(
+    what: Literal["population", "cohort", "dimension", "steps", "ranks", "overhead", "case"],
+    case: Case = Case(),
+    values: tuple[int, ...] = (),
+    repeats: int = 3,
+    json: Path | None = None,
+) -> None:
     """Measures along one axis.
 
     Args:
         what: The axis; `case` measures one setting in this process and prints JSON.
         case: The setting, but for the axis.
+        values: Points on the axis; none: those above.
         repeats: Runs of each row, in turn; the medians are shown.
+        json: The file to write the numbers to, and beside it the plot.
     """
     if what == "case":
-        print(json.dumps(measure(case)))
+        found = measure(case)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json_.dumps(found))
         return
-    axis: dict[str, tuple[int, ...]] = {"population": (1_000, 1_000_000), "cohort": (10, 100, 500)}
-    rows: dict[int, list[dict[str, float]]] = {value: [] for value in axis[what]}
-    for _ in range(repeats):
-        for value, found in rows.items():
-            found.append(_measured_apart(replace(case, **{what: value})))
-    table = Table(what, "ms a round", "ratio", "clients/s", "data MB", "beside the data MB")
-    first = 0.0
-    for value, found in rows.items():
-        s, data, beside = (statistics.median(f[k] for f in found) for k in ("s_per_round", "data_mb", "beside_mb"))
-        first = first or s
-        cohort = value if what == "cohort" else case.cohort
-        numbers = (f"{1e3 * s:.2f}", f"{s / first:.2f}", f"{cohort / s:,.0f}", f"{data:,.0f}", f"{beside:,.0f}")
-        table.add_row(f"{value:,}", *numbers)
-    Console().print(table)
+    if values and what == "overhead":
+        raise UsageError("overhead is measured at no values, so --values has no meaning there")
+    progress = Console(stderr=True)
+    runs: dict[int | str, list[dict[str, float]]] = {value: [] for value in values or AXES[what].values}
+    for turn in range(1, repeats + 1):
+        for value, found in runs.items():
+            found.append(measured_apart(AXES[what].at(case, value)))
+            said = f"{number(1e3 * found[-1]['s_per_round'])} ms a round"
+            progress.print(f"{turn}/{repeats} {what} {value}: {said}", highlight=False)
+    rows = [_row(value, AXES[what].at(case, value).cohort, found) for value, found in runs.items()]
+    Console().print(terminal(columns(what, rows[0]["s_per_round"]), rows, f"scaling with the {what}"))
+    if json is not None:
+        drawn = bool(importlib.util.find_spec("matplotlib")) and len(rows) > 1 and what != "overhead"
+        image = json.with_suffix(".png").name if drawn else None
+        same = common([AXES[what].at(case, value) for value in runs])
+        save(result("scaling", what=what, same=same, repeats=repeats, rows=rows, plot=image), json)
+        if image:
+            plot(what, rows, json.with_name(image))
 
 
-def _measured_apart(case: Case) -> dict[str, float]:
-    arguments = [f"--case.{name}={value}" for name, value in asdict(case).items()]
-    command = [sys.executable, "-m", "benchmarks.scaling", "--what", "case", *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def common(cases: Sequence[Case]) -> dict[str, Any]:
+    """The fields that all cases share, in which they do not differ."""
+    first, *others = map(asdict, cases)
+    return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
+
+
+def _row(value: int | str, cohort: int, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The repeats of a row as one: medians."""
+    middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    rate = cohort / middle["s_per_round"]
+    return {"value": value, "clients_per_s": rate, **middle, "parameters": int(middle["parameters"]), "runs": runs}
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except UsageError as error:
+        print(f"benchmarks.scaling: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,83 @@
+"""benchmarks.scaling varies what it says."""
+
+import functools
+import json
+import subprocess
+from dataclasses import asdict
+
+import pytest
+import torch
+import tyro
+
+import vfl
+from benchmarks import report, scaling
+from vfl.errors import UsageError
+
+FEW = scaling.Case(population=4, cohort=2, rounds=2, examples=3, features=3)
+
+
+def test_a_dimension_is_a_model_of_about_as_many_parameters():
+    for D in scaling.AXES["dimension"].values:
+        case = scaling.AXES["dimension"].at(scaling.Case(), D)
+        with torch.device("meta"):
+            made = vfl.models.model(case.model, (case.features,), case.classes)
+        assert sum(p.numel() for p in made.parameters()) == pytest.approx(D, rel=0.05)
+
+
+def test_the_overhead_is_that_of_one_step_of_ten_parameters():
+    for execution in ("vmap", "compile", "loop"):
+        case = scaling.AXES["overhead"].at(FEW, execution)
+        assert (case.execution, case.cohort, case.steps) == (execution, 1, 1)
+    found = scaling.measure(case)
+    assert found["parameters"] == 10
+    assert found["rounds"] == FEW.rounds
+
+
+def test_a_case_ends_when_its_time_is_over_but_not_before_three_rounds(capsys):
+    arguments = [f"--case.{key}={value}" for key, value in (asdict(FEW) | {"rounds": 40, "seconds": 0.0}).items()]
+    tyro.cli(scaling.main, args=["--what", "case", *arguments])
+    assert json.loads(capsys.readouterr().out)["rounds"] == scaling.FEWEST == 3
+
+
+@pytest.mark.parametrize("what", ["population", "steps", "ranks", "overhead"])
+def test_an_axis_is_measured_written_drawn_and_rendered(what, tmp_path, monkeypatch):
+    measured = []
+
+    def pretended(case):
+        measured.append(case)
+        s = 0.001 * (2 if case.execution == "vmap" else 3)
+        return {"s_per_round": s, "rounds": 2, "parameters": 10, "data_mb": 1.0, "beside_mb": 9.0}
+
+    monkeypatch.setattr(scaling, "measured_apart", pretended)
+    path = tmp_path / f"scaling_{what}.json"
+    tyro.cli(scaling.main, args=["--what", what, "--case.examples=3", "--repeats=2", "--json", str(path)])
+    assert measured == [scaling.AXES[what].at(scaling.Case(examples=3), v) for v in scaling.AXES[what].values] * 2
+    found, text = json.loads(path.read_text()), report.render([path])
+    if what == "overhead":
+        assert found["plot"] is None
+        assert "| vmap | 10 | 2 | 1 | 500 | 1 | 9 | ✓ |" in text and "| loop | 10 | 3 | 1.5 | 333 | 1 | 9 | ✗ |" in text
+    else:
+        assert (tmp_path / found["plot"]).read_bytes().startswith(b"\x89PNG")
+        assert f"](results/scaling_{what}.png)" in text
+        assert what not in found["same"]
+    assert f"## Scaling: {what}" in text
+
+
+def test_ranks_are_processes_of_one_thread_and_a_failure_is_a_sentence(monkeypatch):
+    ran = []
+
+    def run(command, env, **options):
+        ran.append((command, env))
+        done = functools.partial(subprocess.CompletedProcess, command)
+        return done(0, stdout='hello\n{"s_per_round": 1.5}\n') if len(ran) < 3 else done(1, "", "OSError: no\nlast\n")
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for ranks in (1, 2):
+        assert scaling.measured_apart(scaling.AXES["ranks"].at(FEW, ranks)) == {"s_per_round": 1.5}
+    (alone, _), (both, environment) = ran
+    assert "torch.distributed.run" not in alone and "--case.ranks=1" in alone
+    assert both[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert environment["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(UsageError, match="could not be measured: OSError: no"):
+        scaling.measured_apart(FEW)
