@@ -1,0 +1,122 @@
+"""Compressors beside the primitive that bounds each: a part of `benchmarks.algorithms`.
+
+Which primitive that is, is seen rather than declared: of those that a compressor calls (a draw of random numbers, a
+selection, a decomposition), the one whose calls together are dearest, replayed on the same numbers; at least a copy.
+C vectors at once, D entries each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vfl
+from benchmarks.measuring import in_turn, seconds
+from benchmarks.tables import Column, Row, mark, number
+from vfl.errors import UsageError
+
+ALLOWED = 1.5
+"""How many times as long as its primitive a compressor may take."""
+MODULE = "vfl.compressors"
+ARGUMENTS = {"k": "0.01", "fraction": "0.01", "p": "0.1", "s": "16", "levels": "16", "rank": "2", "bits": "8"}
+"""What a compressor is given for parameters without a default, by their names."""
+PRIMITIVES = {
+    "vfl.uniform": "uniform", "vfl.normal": "normal", "aten.topk": "topk", "aten.sort": "sort",
+    "aten.kthvalue": "kthvalue", "aten._linalg_svd": "svd", "aten.linalg_qr": "qr", "aten.mm": "product",
+    "aten.bmm": "product",
+}  # fmt: skip
+"""Operators that a compressor cannot do without, and what they are called."""
+
+
+class Primitive(NamedTuple):
+    """An operator with all its calls."""
+
+    name: str
+    again: Callable[[], object]
+
+
+class Calls(TorchDispatchMode):
+    """Notes the primitives that run inside, with the numbers they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, list[Callable[[], object]]] = {}
+
+    def primitives(self) -> list[Primitive]:
+        """What ran."""
+        return [Primitive(name, lambda calls=calls: [call() for call in calls]) for name, calls in self._made.items()]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if name := PRIMITIVES.get(str(func.overloadpacket)):
+            self._made.setdefault(name, []).append(lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def available() -> bool:
+    """Whether vfl has compressors."""
+    return importlib.util.find_spec(MODULE) is not None
+
+
+def specs() -> list[str]:
+    """Every compressor of vfl's table, with arguments where it asks for some."""
+    return [_spec(name, function) for name, function in importlib.import_module(MODULE).COMPRESSORS.items()]
+
+
+def _spec(name: str, function: Callable[..., Any]) -> str:
+    asked = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if any(parameter not in ARGUMENTS for parameter in asked):
+        return name  # vfl says what it misses
+    return f"{name}:{','.join(ARGUMENTS[parameter] for parameter in asked)}" if asked else name
+
+
+def measure(spec: str, shapes: Sequence[tuple[int, ...]], vectors: int, tries: int) -> Row:
+    """What a compressor takes for some vectors at once, each of a model of these shapes."""
+    try:
+        compress = importlib.import_module(MODULE).compressor(spec, shapes, torch.float32).compress
+    except UsageError as error:
+        return {"compressor": spec, "missing": str(error)}
+    D = sum(math.prod(shape) for shape in shapes)
+    keys = vfl.random.split(vfl.random.key(0), vectors)  # [C]
+    v = vfl.random.normal(keys, (D,))  # [C, D]
+
+    def compressed() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.func.vmap(compress)(v, keys)
+
+    with Calls() as calls:
+        _, bits = compressed()
+    candidates = [Primitive("copy", v.clone), *calls.primitives()]
+    bound = max(candidates, key=lambda primitive: statistics.median(seconds(primitive.again, 3)))
+    took, least = in_turn(compressed, bound.again, tries)
+    ratio = statistics.median(a / b for a, b in zip(took, least, strict=True))
+    return {
+        "compressor": spec,
+        "bits_per_entry": float(bits.double().mean()) / D,
+        "ns_per_entry": 1e9 * statistics.median(took) / v.numel(),
+        "primitive": bound.name,
+        "primitive_ns_per_entry": 1e9 * statistics.median(least) / v.numel(),
+        "ratio": ratio,
+        "holds": ratio <= ALLOWED,
+    }
+
+
+COLUMNS = (
+    Column("compressor", lambda row: row["compressor"]),
+    Column("bits an entry", lambda row: number(row["bits_per_entry"])),
+    Column("ns an entry", lambda row: number(row["ns_per_entry"])),
+    Column("primitive", lambda row: row["primitive"]),
+    Column("its ns", lambda row: number(row["primitive_ns_per_entry"])),
+    Column(f"ratio (allowed: {ALLOWED})", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
+)

@@ -1,0 +1,152 @@
+"""benchmarks.algorithms finds everything there is, and compares it with what it should be compared with."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+import vfl
+from algorithms.fedavg import FedAvg
+from benchmarks import algorithms, compressors, measuring, report
+from vfl.errors import UsageError
+
+SMALL = algorithms.Setting(
+    model="softmax", features=3, clients=2, examples=4, batch=2, rounds=1, chunk=2, dim=2, tries=2
+)
+
+
+def algorithms_json(folder: Path, *arguments: str) -> dict:
+    """What the command writes, for small work; whether it found everything fast enough is the clock's to say."""
+    path = folder / "algorithms.json"
+    sizes = [f"--setting.{key}={value}" for key, value in vars(SMALL).items()]
+    with contextlib.suppress(SystemExit):
+        tyro.cli(algorithms.main, args=[*sizes, "--json", str(path), *arguments])
+    return json.loads(path.read_text())
+
+
+def test_every_algorithm_with_an_entry_point_is_measured(tmp_path):
+    found = algorithms_json(tmp_path, "--compressors", "none")
+    assert [row["algorithm"] for row in found["algorithms"]] == list(vfl.algorithms.algorithms())
+    assert "fedavg" in vfl.algorithms.algorithms()
+    for row in found["algorithms"]:
+        assert "missing" in row or (row["ratio"] > 0 and row["execution"] == "vmap")
+    assert "| fedavg | softmax, vmap |" in report.render([tmp_path / "algorithms.json"])
+
+
+@pytest.mark.parametrize(("text", "gradients"), [("fedavg", 1), ("scaffold --option 1", 2), ("scaffold", 1)])
+def test_gradients_beyond_fedavgs_are_allowed_for(text, gradients):
+    row = algorithms.measure(text, SMALL)
+    assert row["gradients"] == gradients
+    assert row["allowed"] == 1.5 * gradients
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gradients", "holds"),
+    [(1.45, 100, True), (1.55, 100, False), (2.9, 200, True), (3.1, 200, False), (1.4, 50, True), (1.55, 50, False)],
+)
+def test_a_ratio_is_of_rounds_side_by_side_after_the_warm_up(monkeypatch, seconds, gradients, holds):
+    slow = (1, 3, 9)  # the machine, from round to round
+
+    def rounds(config, work, setting):
+        mine = config == "other"
+        each = [(50.0, 7) if mine else (1.0, 900)] * algorithms.WARM_UP
+        each += [(seconds * s, gradients) if mine else (float(s), 100) for s in slow]
+        total = np.cumsum([count for _, count in each])
+        return ({"seconds": s, "gradients": n, "execution": "vmap"} for (s, _), n in zip(each, total, strict=True))
+
+    monkeypatch.setattr(algorithms, "_rounds", rounds)
+    row = algorithms._beside_fedavg("other", algorithms.network(SMALL), SMALL)
+    assert row["ratio"] == pytest.approx(seconds)
+    assert row["gradients"] == gradients / 100
+    assert row["fedavg_s_per_round"] == 3
+    assert row["holds"] == holds
+
+
+@dataclass(frozen=True)
+class Theorist(vfl.LocalTraining):
+    """Asks for what no network knows."""
+
+    def build(self, task, population):
+        assert vfl.smoothness(task).L > 0
+        return FedAvg().build(task, population)
+
+
+@dataclass(frozen=True)
+class Refuser(vfl.LocalTraining):
+    """Never runs."""
+
+    def build(self, task, population):
+        raise UsageError("it needs the | moon")
+
+
+def test_an_algorithm_that_needs_constants_is_measured_on_a_quadratic_and_a_refusal_is_shown(tmp_path):
+    names = [f"{__name__}:{kind.__name__}" for kind in (Theorist, Refuser)]
+    found = algorithms_json(tmp_path, "--compressors", "none", "--algorithms", *names)
+    theorist, refuser = found["algorithms"]
+    assert theorist["model"] == "quadratic"
+    assert refuser == {"algorithm": names[1], "missing": "it needs the | moon"}
+    assert "it needs the \\| moon" in report.render([tmp_path / "algorithms.json"])
+
+
+COMPRESSORS = """
+import torch, vfl
+from typing import NamedTuple
+from vfl.spec import resolve
+
+class Compressor(NamedTuple):
+    compress: object
+
+def bits(v, count):
+    return torch.full((), float(count), dtype=torch.float64)
+
+def same(*, shapes, dtype):
+    return Compressor(lambda v, key: (v.clone(), bits(v, 32 * len(v))))
+
+def largest(k: float, *, shapes, dtype):
+    def compress(v, key):
+        n = int(k * len(v))
+        return v.where(v.abs() >= v.abs().topk(n).values[-1], 0), bits(v, 50 * n)
+    return Compressor(compress)
+
+def noisy(sigma: float = 1.0, *, shapes, dtype):
+    return Compressor(lambda v, key: (v + vfl.random.uniform(key, v.shape), bits(v, 8 * len(v))))
+
+def odd(moon: float, *, shapes, dtype):
+    raise AssertionError
+
+COMPRESSORS = {f.__name__: f for f in (same, largest, noisy, odd)}
+
+def compressor(spec, shapes, dtype):
+    return resolve(spec, COMPRESSORS, "compressor", shapes=shapes, dtype=dtype)
+"""
+
+
+def test_a_compressor_is_compared_with_the_dearest_primitive_it_calls(tmp_path, monkeypatch):
+    (tmp_path / "few_compressors.py").write_text(COMPRESSORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compressors, "MODULE", "few_compressors")
+    found = algorithms_json(tmp_path, "--algorithms", "none", "--setting.features", "2000", "--setting.tries", "5")
+    same, largest, noisy, odd = found["compressors"]
+    assert [row["compressor"] for row in found["compressors"]] == ["same", "largest:0.01", "noisy", "odd"]
+    assert [row["primitive"] for row in (same, largest, noisy)] == ["copy", "topk", "uniform"]
+    assert [round(row["bits_per_entry"], 2) for row in (same, largest, noisy)] == [32, 0.5, 8]
+    assert largest["ratio"] == pytest.approx(largest["ns_per_entry"] / largest["primitive_ns_per_entry"], rel=0.5)
+    assert "expected odd:MOON" in odd["missing"]
+    assert "| largest:0.01 | 0.5 |" in report.render([tmp_path / "algorithms.json"])
+
+
+def test_without_compressors_a_sentence_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compressors, "MODULE", "vfl.no_such_module")
+    assert algorithms_json(tmp_path, "--algorithms", "none")["compressors"] == []
+    assert "no compressor was measured" in capsys.readouterr().out
+
+
+def test_calls_that_are_compared_take_turns():
+    made = []
+    first, second = measuring.in_turn(lambda: made.append("a"), lambda: made.append("b"), 3)
+    assert made == ["a", "b"] * 4, "one pair warms up"
+    assert len(first) == len(second) == 3 and min(first + second) > 0
