@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import algorithms, growth
+from benchmarks import algorithms, growth, roofline
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import header, line, number
 from vfl.errors import UsageError
@@ -140,6 +140,7 @@ def _what(name: str, version: str | None) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput": throughput,
     "algorithms": algorithms.section,
+    "roofline": roofline.section,
     "scaling": growth.section,
 }
 """A benchmark's name, in its file's `benchmark` → its section."""

@@ -1,7 +1,8 @@
-"""benchmarks.scaling varies what it says."""
+"""benchmarks.roofline counts what it says, and benchmarks.scaling varies what it says."""
 
 import functools
 import json
+import math
 import subprocess
 from dataclasses import asdict
 
@@ -10,8 +11,59 @@ import torch
 import tyro
 
 import vfl
-from benchmarks import report, scaling
+from benchmarks import report, roofline, scaling
+from benchmarks.work import SHAPES, Work
 from vfl.errors import UsageError
+
+# --- benchmarks.roofline ---
+
+TINY = Work(clients=3, rounds=2, examples=4, batch=4)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_clients_demand_is_that_of_its_layers(model):
+    work = Work(clients=7, examples=6, batch=2, epochs=3)
+    outputs = {2: 1, 4: 28 * 28}  # how often a layer's weights are used: once, or at every pixel
+    products, D = 0.0, 0
+    for i, shape in enumerate(SHAPES[model][::2]):
+        uses = outputs[len(shape)] / (4**i if len(shape) == 4 else 1)  # pooling quarters the pixels
+        # Forward, the gradient of the weights and, but for the first layer, of the inputs.
+        products += (2 if i == 0 else 3) * math.prod(shape) * uses
+        D += math.prod(shape) + shape[0]
+    need = roofline.demand(model, work)
+    assert need.flops == 2 * products * 6 * 3
+    assert need.step == 2 * 4 * D and need.model == 9 * need.step
+    assert need.examples == 3 * 6 * 784 * 4 and need.everyone == 7 * 6 * 784 * 4
+
+
+def test_the_floor_is_the_longer_of_arithmetic_and_bytes():
+    peaks = roofline.Peaks({"slow": 10.0, "fast": 100.0}, {1: 80.0, 4: 50.0, 16: 60.0, 64: 5.0})
+    assert [peaks.bandwidth(size) for size in (1, 2, 4, 16, 17, 1000)] == [80, 60, 60, 60, 5, 5]
+    need = roofline.Demand(flops=200, model=120, step=3, examples=10, everyone=1000)
+    assert need.seconds(peaks) == (2.0, 2.0 + 2.0)
+    rows = roofline.rows_of({"mlp": need}, {("mlp", "vmap"): [0.1, 0.05, 0.2]}, peaks)
+    assert rows[0]["clients_per_s"] == 0.1 and rows[0]["fraction"] == pytest.approx(0.4)
+    again = roofline.Peaks({"slow": 20.0, "fast": 30.0}, {1: 1.0, 4: 90.0, 16: 0.0, 64: 9.0})
+    assert roofline.better(peaks, again) == ({"slow": 20.0, "fast": 100.0}, {1: 80.0, 4: 90.0, 16: 60.0, 64: 9.0})
+
+
+def test_the_roofline_is_written_and_rendered(tmp_path, monkeypatch):
+    few = functools.partial(roofline.measure_peaks, sides=(16,), copies=(2**12, 2**16), tries=2)
+    monkeypatch.setattr(roofline, "measure_peaks", few)
+    path = tmp_path / "roofline.json"
+    sizes = [f"--{key}={value}" for key, value in asdict(TINY).items()]
+    threads = torch.get_num_threads()
+    tyro.cli(roofline.main, args=[*sizes, "--model=softmax", "--execution", "vmap", "loop", "--json", str(path)])
+    assert torch.get_num_threads() == threads == 1
+    found = json.loads(path.read_text())
+    assert [(row["execution"], len(row["runs"])) for row in found["rows"]] == [("vmap", 3), ("loop", 3)]
+    assert all(row["fraction"] > 0 for row in found["rows"])
+    assert set(found["peaks"]["products"]) >= {"torch.mm"}
+    assert all(rate > 0 for rates in found["peaks"].values() for rate in rates.values())
+    assert "## Roofline" in report.render([path]) and "| softmax | vmap |" in report.render([path])
+
+
+# --- benchmarks.scaling ---
 
 FEW = scaling.Case(population=4, cohort=2, rounds=2, examples=3, features=3)
 
