@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -36,13 +36,13 @@ def fedavg(
         return Server(x, trainer.server.init(x), x.new_zeros(()))
 
     def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-        return trainer.broadcast(server.x, server.t)
+        return trainer.broadcast(server.x, server.t, key)
 
     def client_update(
         sent: vfl.ModelAndRate, client: tuple[()], batches: vfl.Batches, key: Tensor
     ) -> tuple[vfl.Message, tuple[()], vfl.Metrics]:
         y, metrics = trainer.train(sent, batches, lambda g, y: corrected(g, y, sent.x))
-        return vfl.message(y - sent.x, trainer.weight(batches)), client, metrics
+        return trainer.message(y - sent.x, trainer.weight(batches), key), client, metrics
 
     def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
         x, opt = trainer.server_step(mean.payload, server.opt, server.x, server.t)
@@ -54,6 +54,8 @@ def fedavg(
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(vfl.LocalTraining):
     """FedAvg: local SGD, the server takes the weighted mean (McMahan et al., 1602.05629)."""
+
+    compresses: ClassVar[bool] = True
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import vfl
 from algorithms.fedavg import fedavg
@@ -15,6 +16,8 @@ class FedProx(vfl.LocalTraining):
 
     mu: float = 0.01
     """Proximal coefficient μ ≥ 0; 0 is FedAvg."""
+
+    compresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,12 +4,16 @@ Client: y ← x, then K steps y ← y − η (g(y) − cᵢ + c); then its new c
     option I:   cᵢ⁺ = ∇fᵢ(x),   option II:   cᵢ⁺ = cᵢ − c + (x − y)/(K η);
 it sends Δy = y − x and Δc = cᵢ⁺ − cᵢ.
 Server: x ← x + γ mean_S Δy,   c ← c + |S|/N mean_S Δc, so that c stays the mean of all clients' cᵢ.
+
+With a compressor C it sends C(Δy) and C(Δc), each with a draw of its own, and both sides move by a·C(Δc), so that c
+stays that mean. For an unbiased C, a = 1/(1 + ω), DIANA's step (Horváth et al. 1904.05115), since with a = 1 the cᵢ
+would run away for ω > 1; for a biased one a = 1, as in EF21 (Richtárik et al. 2106.05203).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -34,7 +38,7 @@ class Sent(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What a client sends."""
+    """What a client sends, compressed."""
 
     y: Tensor  # [D] change of the model
     c: Tensor  # [D] change of the client's control variate
@@ -48,6 +52,8 @@ class Scaffold(vfl.LocalTraining):
     """How a client renews its control variate: 1 by its full gradient at the model sent, 2 from its own steps."""
     weighting: Literal["examples", "uniform", "steps"] = "uniform"
     """A client's weight in the mean; only uniform keeps c the mean of the clients' control variates."""
+
+    compresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,8 @@ class Scaffold(vfl.LocalTraining):
         """The algorithm for this task and N = population clients."""
 
         trainer = self.trainer(task)
+        omega = trainer.compressor.omega
+        a = 1.0 if omega is None else 1 / (1 + omega)
 
         def init_server(x: Tensor) -> Server:
             return Server(x, x.new_zeros(x.shape), trainer.server.init(x), x.new_zeros(()))
@@ -71,8 +79,8 @@ class Scaffold(vfl.LocalTraining):
             return x.new_zeros(x.shape)
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-            (x, lr), _ = trainer.broadcast(server.x, server.t)
-            return vfl.Broadcast(Sent(x, server.c, lr), vfl.float_bits((x, server.c)))
+            (x, c), bits = trainer.send((server.x, server.c), key)
+            return vfl.Broadcast(Sent(x, c, trainer.rate(server.t)), bits)
 
         def client_update(
             sent: Sent, c_i: Tensor, batches: vfl.Batches, key: Tensor
@@ -84,12 +92,13 @@ class Scaffold(vfl.LocalTraining):
                 metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
             else:
                 c_new = c_i - c + (x - y) / (batches.steps * lr)
-            return vfl.message(Delta(y - x, c_new - c_i), trainer.weight(batches)), c_new, metrics
+            message = trainer.message(Delta(y - x, c_new - c_i), trainer.weight(batches), key)
+            return message, c_i + a * message.payload.c, metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             delta: Delta = mean.payload
             x, opt = trainer.server_step(delta.y, server.opt, server.x, server.t)
-            c = server.c + mean.clients / population * delta.c
+            c = server.c + mean.clients / population * a * delta.c
             return Server(x, c, opt, server.t + 1), {}
 
         return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)

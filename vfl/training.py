@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from vfl.base import Algorithm, Broadcast, Metrics, Tree
+from vfl import random
+from vfl.base import Algorithm, Broadcast, Message, Metrics, Tree, leaves
+from vfl.compressors import Compressor, compressor
 from vfl.errors import UsageError
 from vfl.local import Batches, Direction, descend, float_bits
 from vfl.optimizers import Optimizer, optimizer
 from vfl.schedules import Schedule, schedule
 from vfl.task import Task
+
+IDENTITY = "identity"
 
 
 class AlgorithmConfig(Protocol):
@@ -52,6 +57,13 @@ class LocalTraining:
     """Server optimizer on the pseudo-gradient (see local-optimizer for the names)."""
     server_schedule: str = "constant"
     """Factor on the server step size, by round (see local-schedule)."""
+    compressor: str = "identity"
+    """How clients compress what they send: identity, top_k:5%, natural, ... (see `vfl list compressors`)."""
+    downlink: str = "identity"
+    """How the server compresses what it sends, without memory (see compressor)."""
+
+    compresses: ClassVar[bool] = False
+    """Whether the algorithm sends by way of its trainer, which compresses; others refuse these two options."""
 
     def __post_init__(self) -> None:
         for name in ("local_lr", "server_lr"):
@@ -66,6 +78,13 @@ class LocalTraining:
             optimizer(spec)
         for spec in (self.local_schedule, self.server_schedule):
             schedule(spec)
+        for spec in (self.compressor, self.downlink):
+            compressor(spec, [(2**20, 2**20)])  # large enough for any count
+            if spec != IDENTITY and not self.compresses:
+                raise UsageError(
+                    f"{type(self).__name__.lower()} does not compress what it sends: compressor and downlink must be "
+                    f"{IDENTITY}, not {spec!r}"
+                )
 
     def trainer(self, task: Task) -> Trainer:
         """These options at work on a task."""
@@ -76,6 +95,8 @@ class LocalTraining:
             schedule(self.local_schedule),
             optimizer(self.server_optimizer, task.sizes),
             schedule(self.server_schedule),
+            compressor(self.compressor, task.shapes, task.x.dtype),
+            compressor(self.downlink, task.shapes, task.x.dtype),
         )
 
 
@@ -88,11 +109,31 @@ class Trainer(NamedTuple):
     local_schedule: Schedule
     server: Optimizer
     server_schedule: Schedule
+    compressor: Compressor
+    downlink: Compressor
 
-    def broadcast(self, x: Tensor, t: Tensor) -> Broadcast:
-        """Sends the model x [D] with the step size of round t []; the model alone counts as downlink."""
-        lr = self.config.local_lr * self.local_schedule(t).to(x.dtype)
-        return Broadcast(ModelAndRate(x, lr), float_bits(x))
+    def broadcast(self, x: Tensor, t: Tensor, key: Tensor | None = None) -> Broadcast:
+        """Sends the model x [D] with the step size of round t []; the model alone counts as downlink.
+
+        A downlink compressor draws from the key. Raises UsageError where there is one and no key.
+        """
+        x, bits = self.send(x, key)
+        return Broadcast(ModelAndRate(x, self.rate(t)), bits)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """η [], the client step size of round t []."""
+        return self.config.local_lr * self.local_schedule(t).to(self.task.x.dtype)
+
+    def send(self, content: Tree, key: Tensor | None) -> tuple[Tree, Tensor]:
+        """What clients decode of the server's content, whose leaves [D] the downlink compresses, and its bits []."""
+        if key is None and self.downlink.name != IDENTITY:
+            raise UsageError(f"this algorithm does not compress what its server sends, so downlink must be {IDENTITY}")
+        return _compressed(self.downlink, content, self.task.x.shape, key)
+
+    def message(self, payload: Tree, weight: Tensor, key: Tensor) -> Message:
+        """The message whose payload's leaves [D] the compressor compresses, each with a key of its own."""
+        value, bits = _compressed(self.compressor, payload, self.task.x.shape, key)
+        return Message(value, weight, bits)
 
     def train(self, sent: ModelAndRate, batches: Batches, direction: Direction | None = None) -> tuple[Tensor, Metrics]:
         """The local model y [D] after the client's steps from sent.x, and their metrics."""
@@ -108,3 +149,15 @@ class Trainer(NamedTuple):
     def server_step(self, delta: Tensor, opt: Tree, x: Tensor, t: Tensor) -> tuple[Tensor, Tree]:
         """One step of the server optimizer on the pseudo-gradient −delta [D] (Reddi et al., 2003.00295): x⁺, state⁺."""
         return self.server.step(-delta, opt, x, self.config.server_lr * self.server_schedule(t).to(x.dtype))
+
+
+def _compressed(c: Compressor, tree: Tree, shape: torch.Size, key: Tensor | None) -> tuple[Tree, Tensor]:
+    """The tree with C applied to its leaves of this shape, the n-th with the n-th key, and the bits [] of it all."""
+    if c.name == IDENTITY or key is None:
+        return tree, float_bits(tree)
+    values, structure = leaves(tree), pytree.tree_structure(tree)
+    sent = [
+        c.compress(leaf, random.fold_in(key, n)) if leaf.shape == shape else (leaf, float_bits(leaf))
+        for n, leaf in enumerate(values)
+    ]
+    return pytree.tree_unflatten([value for value, _ in sent], structure), torch.stack([bits for _, bits in sent]).sum()
