@@ -1,8 +1,8 @@
 """The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
 
-An algorithm is five pure functions. What a client may know of the server is what `broadcast` sends. `client_update` is
-written for one client; the engine maps it over a chunk with `torch.func.vmap`, sums the weighted messages over chunks
-and ranks, and hands their mean to `server_update`.
+An algorithm is five pure functions, and a sixth that few need. What a client may know of the server is what `broadcast`
+sends. `client_update` is written for one client; the engine maps it over a chunk with `torch.func.vmap`, sums the
+weighted messages over chunks and ranks, and hands their mean to `server_update`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,12 @@ class ServerUpdate(Protocol):
     def __call__(self, server: Any, mean: Mean, key: Tensor, /) -> tuple[Any, Mapping[str, Tensor]]: ...
 
 
+class AsksEveryone(Protocol):
+    """Whether the coming round asks all clients, not a sample: server → bool []."""
+
+    def __call__(self, server: Any, /) -> Tensor: ...
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. Every function is pure, and every array may carry a vmap axis."""
 
@@ -98,6 +104,7 @@ class Algorithm(NamedTuple):
     broadcast: SendModel
     client_update: ClientUpdate
     server_update: ServerUpdate
+    everyone: AsksEveryone | None = None  # None: never
 
 
 def stateless(x: Tensor, /) -> Tree:

@@ -161,11 +161,10 @@ class Engine:
                 f"{state.store.round}; go on from the newest state or from a checkpoint"
             )
         each = vmap if self.replicas is not None else lambda function: function
-        cohort_key, client_key, server_key, sent_key = random.split(random.fold_in(state.key, state.round), 4).unbind(
-            -1
-        )
+        round_key = random.fold_in(state.key, state.round)
+        cohort_key, client_key, server_key, sent_key = random.split(round_key, 4).unbind(-1)
         with self.clock("sampling"):
-            cohorts = [self.sampler.draw(key) for key in cohort_key.reshape(-1)]
+            cohorts = self._cohorts(state.server, cohort_key)
         try:
             sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
         except RuntimeError as error:
@@ -184,9 +183,7 @@ class Engine:
         with self.clock("clients"):
             while queue.left:
                 self.executor.run(queue, shared, played)
-        if (
-            counts.any() and self.executor.layout(played) is None
-        ):  # more ranks than clients: learn it from one of the others
+        if counts.any() and self.executor.layout(played) is None:  # more ranks than clients: learn it from another's
             longest = counts.argmax(1)[:, None]
             self.executor.learn_layout(self._queue(state, ids, counts, factor, keys, longest), shared, played)
         sums = played.sums or self.executor.no_sums(played)
@@ -242,6 +239,19 @@ class Engine:
             "stopping": received.stopping,
         }
         return after, metrics
+
+    def _cohorts(self, server: Any, keys: Tensor) -> list[Cohort]:
+        """Each replica's clients of the round; all clients where the algorithm asks for them."""
+        everyone = self.algorithm.everyone
+        if everyone is None:
+            return [self.sampler.draw(key) for key in keys.reshape(-1)]
+        if self.replicas is not None:
+            raise UsageError("this algorithm's cohorts depend on its state, so its replicas cannot be played together; "
+                             "run its seeds one by one")  # fmt: skip
+        population = self.data.clients.population
+        if bool(everyone(server)):
+            return [Cohort(np.arange(population), np.ones(population))]
+        return [self.sampler.draw(keys)]
 
     def _batch_bytes(self) -> int:
         """Bytes of a usual client's minibatch, as the model takes it."""
