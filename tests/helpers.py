@@ -47,7 +47,9 @@ def algorithms() -> dict[str, Any]:
 
 
 ALGORITHMS = algorithms()
+SAMPLED = {name: config for name, config in ALGORITHMS.items() if not getattr(config, "asks_everyone", False)}
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+every_sampled_algorithm = pytest.mark.parametrize("algorithm", SAMPLED.values(), ids=SAMPLED.keys())  # always a sample
 
 
 def packed(x: Tensor, y: Tensor, sizes: Sequence[int], test: Examples | None = None) -> FederatedData:

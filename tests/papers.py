@@ -4,11 +4,15 @@ A reference shares with the engine the data order alone: the cohorts, and which 
 takes (the algorithm's options, round from 0 → cohort, x⁰ [D]) and returns what the run ends with, by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from helpers import CLASSES, FEATURES, SIZES, N, Numbers, federated
+from helpers import CLASSES, FEATURES, SIZES, N, Numbers, federated, round_keys
+from torch import Tensor
+
+import vfl
+from vfl.local import minibatches
 
 ROUNDS = 50
 DATA = federated().clients
@@ -35,6 +39,22 @@ Cohort = dict[int, list[Array]]
 
 Cohorts = Callable[[int], Cohort]
 """Round t from 0 → its cohort."""
+
+
+def client_key(seed: int, t: int, i: int) -> Tensor:
+    """The engine's key [] of client i in round t: its minibatches draw from it folded with 0, the algorithm with 2."""
+    return vfl.random.fold_in(round_keys(seed, t)[1], i)
+
+
+def drawn(seed: int, t: int, clients: Iterable[int], work: vfl.Work) -> Cohort:
+    """The minibatches that the engine draws for these clients in round t."""
+    found: Cohort = {}
+    for i in clients:
+        key = vfl.random.fold_in(client_key(seed, t, i), 0)
+        plan = minibatches(work, key[None], DATA.offsets[[i]], DATA.sizes()[[i]])
+        pairs = zip(plan.rows[0], plan.mask[0], strict=True)
+        found[i] = [rows[mask].numpy() for rows, mask in pairs if mask.any()]
+    return found
 
 
 def local_model(x: Array, batches: list[Array], lr: float, corrected: Callable[[Array, Array], Array]) -> Array:

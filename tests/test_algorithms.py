@@ -21,16 +21,16 @@ from helpers import (
     round_keys,
     run,
 )
-from papers import DATA, OFFSETS, ROUNDS, Array, Cohort, Cohorts, own_rows
+from papers import DATA, OFFSETS, ROUNDS, Array, Cohort, Cohorts, drawn, own_rows
+from papers_compressed import REFERENCES as COMPRESSED
 from torch import nn
 
 import vfl
 from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
-from vfl.local import minibatches
 
-REFERENCES = papers.REFERENCES | papers_local.REFERENCES
+REFERENCES = papers.REFERENCES | papers_local.REFERENCES | COMPRESSED
 
 
 class Plan(NamedTuple):
@@ -47,15 +47,8 @@ def whole_batches(t: int) -> Cohort:
 
 def drawn_batches(t: int) -> Cohort:
     """The engine's own draws: 5 clients, 2 epochs in batches of 4."""
-    cohort_key, client_key, _, _ = round_keys(7, t)
-    found: Cohort = {}
-    for i in vfl.sampler("uniform", 5, DATA.offsets).draw(cohort_key).ids.tolist():
-        key = vfl.random.fold_in(vfl.random.fold_in(client_key, i), 0)
-        start, size = DATA.offsets[[i]], DATA.sizes()[[i]]
-        plan = minibatches(vfl.Work(4, 2), key[None], start, size)
-        pairs = zip(plan.rows[0], plan.mask[0], strict=True)
-        found[i] = [rows[mask].numpy() for rows, mask in pairs] if SIZES[i] else []
-    return found
+    ids = vfl.sampler("uniform", 5, DATA.offsets).draw(round_keys(7, t)[0]).ids.tolist()
+    return drawn(7, t, ids, vfl.Work(4, 2))
 
 
 PLANS = {
@@ -75,7 +68,7 @@ def test_the_drawn_minibatches_visit_every_example_of_a_client_once_an_epoch():
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in COMPRESSED])
 def test_an_algorithm_equals_its_paper_in_numpy(name, plan):
     task = regression()
     found = run(ALGORITHMS[name], task, federated(), ROUNDS, chunk=100, evaluation=vfl.Evaluation(0), **plan.options)

@@ -15,6 +15,7 @@ from helpers import (
     N,
     assert_same,
     every_algorithm,
+    every_sampled_algorithm,
     federated,
     mlp,
     norm_and_dropout,
@@ -111,7 +112,7 @@ def test_client_state_on_the_host_equals_client_state_on_the_device(device):
 # Weights and cohorts
 
 
-@every_algorithm
+@every_sampled_algorithm
 def test_a_client_without_data_changes_nothing(algorithm):
     options = {"task": norm_and_dropout(), "data": federated(), "rounds": 2, "chunk": 100, "batch_size": 4}
     without = run(algorithm, sampling="fixed:0,2,3", **options)
@@ -121,7 +122,7 @@ def test_a_client_without_data_changes_nothing(algorithm):
     assert_same(with_it, without, 0)
 
 
-@every_algorithm
+@every_sampled_algorithm
 def test_a_cohort_without_data_leaves_the_server_as_it_was(algorithm):
     task = norm_and_dropout()
     engine = vfl.Engine(algorithm.build(task, N), task, federated(), sampling=f"fixed:{EMPTY}")

@@ -14,6 +14,7 @@ from helpers import (
     N,
     assert_same,
     every_algorithm,
+    every_sampled_algorithm,
     federated,
     make_task,
     mlp,
@@ -84,7 +85,7 @@ def test_divergence_of_the_server_names_no_client():
     assert error.value.clients == []
 
 
-@every_algorithm
+@every_sampled_algorithm
 def test_a_dropped_client_is_counted_and_counts_for_nothing(algorithm):
     data, bad = spoilt(c2=math.nan), 2
     rows = np.r_[0:7, 19 : sum(SIZES)]
@@ -102,7 +103,7 @@ def test_a_dropped_client_is_counted_and_counts_for_nothing(algorithm):
     assert_same(dropped, wanted, 1e-12)
 
 
-@every_algorithm
+@every_sampled_algorithm
 def test_a_cohort_whose_clients_are_all_dropped_leaves_the_server_as_it_was(algorithm):
     task = norm_and_dropout()
     options = {"sampling": "fixed:0,2", "on_nonfinite": "drop"}
