@@ -23,8 +23,8 @@ def together(algorithm, task, data, replicas, rounds, **options):
     return list(vfl.rounds(algorithm, task, data, rounds, seed=5, replicas=replicas, **OPTIONS, **options))
 
 
-# Mime alternates between two exchanges by a count in its server's state.
-ALTERNATING = [name for name in ALGORITHMS if name.startswith("mime-")]
+# What the server of these asks for depends on its state: an exchange in turn, or a coin for a synchronization.
+ALTERNATING = [name for name in ALGORITHMS if name.startswith(("mime-", "marina", "ppmarina", "vrmarina"))]
 every_replicable = pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ALTERNATING])
 
 

@@ -32,7 +32,7 @@ from vfl.profiling import Clock
 from vfl.queue import Clients, Queue
 from vfl.reduce import reduce
 from vfl.replicas import Replication, with_values
-from vfl.samplers import Amount, Sampler, sampler
+from vfl.samplers import Amount, Cohort, Sampler, sampler
 from vfl.store import Store, Stores
 from vfl.task import Task
 from vfl.tuning import Execution
@@ -168,7 +168,7 @@ class Engine:
         try:
             sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
         except RuntimeError as error:
-            if self.replicas is None or ".item()" not in str(error):
+            if self.replicas is None or not any(hint in str(error) for hint in (".item()", "data-dependent")):
                 raise
             raise UsageError("what this algorithm sends depends on a value of its state, so its replicas cannot be "
                              "played together; run its seeds one by one") from None  # fmt: skip
