@@ -84,7 +84,8 @@ def test_the_same_seed_draws_the_same_parameters(spec: str) -> None:
     made = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        made.append(nn.utils.parameters_to_vector(model(spec, (1, 12, 12), 10).parameters()))
+        shape = (12,) if spec.startswith("char") else (1, 12, 12)
+        made.append(nn.utils.parameters_to_vector(model(spec, shape, 10).parameters()))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 
@@ -104,7 +105,7 @@ def test_linear_is_one_vector_that_starts_at_zero(classes: int) -> None:
     ("spec", "shape", "says"),
     [
         ("mpl:200", (4,), "unknown model 'mpl'; did you mean 'mlp'?"),
-        ("transformer", (4,), "known: cnn, lenet, linear, mlp, softmax"),
+        ("transformer", (4,), "known: char_gru, char_lstm, cnn, lenet, linear, mlp, resnet18, softmax"),
         ("mlp:0", (4,), "mlp: every layer must have at least 1 unit, not 0"),
         ("mlp:wide", (4,), "expected mlp[:SIZES,…], where sizes is a whole number, not 'wide'"),
         ("linear", (4,), "linear: has one output, for regression or two classes, not for 10; take softmax"),

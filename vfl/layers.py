@@ -1,8 +1,8 @@
 """Functional stand-ins for the torch layers that a vmapped, masked client update cannot take as they are.
 
-Each reads what its torch original lacks from a buffer that the task swaps in for one call: batch norm the mask of the
+Two read what their torch originals lack from a buffer that the task swaps in for one call: batch norm the mask of the
 real examples (padding must not enter the statistics), dropout a random key (so that a client draws the same noise in
-any chunk and on any rank).
+any chunk and on any rank). Recurrent layers (`vfl.recurrence`) are written out, since vmap has no rule for torch's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vfl import random
+from vfl.recurrence import FunctionalRNN
 
 
 class MaskedBatchNorm(nn.Module):
@@ -78,7 +79,7 @@ class KeyedDropout(nn.Module):
 
 
 def functionalize(module: nn.Module) -> nn.Module:
-    """The module with every batch norm and dropout replaced, in place; the module itself when it is one."""
+    """The module with every batch norm, dropout and recurrent layer replaced, in place; the new one when it is one."""
     swapped: dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one
     count = 0
 
@@ -94,6 +95,9 @@ def functionalize(module: nn.Module) -> nn.Module:
         ):
             count += 1
             swapped[layer] = KeyedDropout(layer.p, not isinstance(layer, nn.Dropout), count)
+        elif isinstance(layer, nn.RNNBase) and FunctionalRNN.takes(layer):
+            count += 1
+            swapped[layer] = FunctionalRNN(layer, KeyedDropout(layer.dropout, False, count))
         else:
             for name, child in layer._modules.items():  # named_children would leave out the second place
                 if child is not None:

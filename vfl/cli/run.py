@@ -182,7 +182,8 @@ def make_task(call: Call, data: FederatedData, device: torch.device, seed: int |
         sys.path.insert(0, "")  # `module:factory` may lie in the current folder
     with torch.random.fork_rng():
         torch.manual_seed(options.seed if seed is None else seed)
-        module = model(options.model, tuple(data.clients.x.shape[1:]), data.classes)
+        x_shape, y_shape = (tuple(part.shape[1:]) for part in (data.clients.x, data.clients.y))
+        module = model(options.model, x_shape, data.classes, y_shape)
     penalty = regularizer(options.regularizer)
     loss = _loss(module, data, options.model)
     mixed = options.dtype == "bfloat16"

@@ -10,6 +10,8 @@ from torch import nn
 
 from vfl.errors import UsageError
 from vfl.models.classic import cnn, lenet, linear, mlp, softmax
+from vfl.models.recurrent import char_gru, char_lstm
+from vfl.models.resnet import resnet18
 from vfl.spec import resolve
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -18,13 +20,17 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "lenet": lenet,
+    "resnet18": resnet18,
+    "char_lstm": char_lstm,
+    "char_gru": char_gru,
 }
-"""Factories (…spec arguments…, *, input_shape, classes) → module."""
+"""Factories (…spec arguments…, *, input_shape, classes) → module; a factory may ask for `target_shape` too."""
 
 
-def model(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def model(spec: str, input_shape: tuple[int, ...], classes: int, target_shape: tuple[int, ...] = ()) -> nn.Module:
     """A new module for inputs [B, *input_shape] with outputs [B, classes]; 0 classes (regression) mean one output.
 
+    Where each example has a label a position, targets [B, *target_shape], sequence models give [B, T, classes].
     `spec` is a name of `MODELS` with its arguments, as `mlp:200,200`, or `package.module:factory`, where the factory
     takes (input_shape, classes), or nothing. The parameters are drawn by torch's global generator: seed that first.
     Raises UsageError for an unknown name, a bad argument, inputs the model cannot take, and a factory that cannot be
@@ -33,7 +39,7 @@ def model(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     path, colon, attribute = (part.strip() for part in spec.partition(":"))
     if path not in MODELS and colon and attribute.isidentifier() and all(p.isidentifier() for p in path.split(".")):
         return _imported(spec, path, attribute, input_shape, classes)
-    return resolve(spec, MODELS, "model", input_shape=input_shape, classes=classes)
+    return resolve(spec, MODELS, "model", input_shape=input_shape, classes=classes, target_shape=target_shape)
 
 
 def _imported(spec: str, path: str, attribute: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:

@@ -23,7 +23,7 @@ def linear(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def softmax(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Multinomial logistic regression: one linear layer on the flattened input; 7,850 parameters for 784 → 10."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), _outputs(classes)))
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), outputs(classes)))
 
 
 def mlp(*sizes: int, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -38,7 +38,7 @@ def mlp(*sizes: int, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     for size in sizes or (200, 200):
         layers += [nn.Linear(width, size), nn.ReLU()]
         width = size
-    return nn.Sequential(*layers, nn.Linear(width, _outputs(classes)))
+    return nn.Sequential(*layers, nn.Linear(width, outputs(classes)))
 
 
 def cnn(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -47,7 +47,7 @@ def cnn(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     Two 5×5 convolutions of 32 and 64 channels that keep the size, each with ReLU and 2×2 max pooling; 512 ReLU units.
     Images from 4×4 on.
     """
-    c, h, w = _image("cnn", input_shape, smallest=4)
+    c, h, w = image("cnn", input_shape, smallest=4)
     return nn.Sequential(
         nn.Conv2d(c, 32, 5, padding=2),
         nn.ReLU(),
@@ -58,7 +58,7 @@ def cnn(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(64 * (h // 4) * (w // 4), 512),
         nn.ReLU(),
-        nn.Linear(512, _outputs(classes)),
+        nn.Linear(512, outputs(classes)),
     )
 
 
@@ -68,7 +68,7 @@ def lenet(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     Two 5×5 convolutions of 6 and 16 channels, then 120 and 84 units. As the original, it works on 32×32 pixels, so
     smaller images get a border of 2. Images from 12×12 on.
     """
-    c, h, w = _image("lenet", input_shape, smallest=12)
+    c, h, w = image("lenet", input_shape, smallest=12)
     border = 2 if min(h, w) < 32 else 0
     height, width = (((side + 2 * border - 4) // 2 - 4) // 2 for side in (h, w))
     return nn.Sequential(
@@ -83,11 +83,11 @@ def lenet(*, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(120, 84),
         nn.ReLU(),
-        nn.Linear(84, _outputs(classes)),
+        nn.Linear(84, outputs(classes)),
     )
 
 
-def _image(who: str, shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
+def image(who: str, shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
     """(c, h, w) of an input shape that must be an image's."""
     if len(shape) != 3:
         raise UsageError(f"{who}: needs images [channels, height, width], not inputs of shape {list(shape)}")
@@ -97,7 +97,7 @@ def _image(who: str, shape: tuple[int, ...], smallest: int) -> tuple[int, int, i
     return c, h, w
 
 
-def _outputs(classes: int) -> int:
+def outputs(classes: int) -> int:
     """Outputs for a number of classes, where 0 stands for regression on one value."""
     if classes < 0:
         raise UsageError(f"the number of classes must be at least 0, not {classes}")
