@@ -206,7 +206,7 @@ def test_every_registered_entry_says_what_it_is() -> None:
 def test_data_that_can_be_downloaded_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     List("data").run()
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines if "vfl data get" in line} == set(SOURCES)
+    assert {line.split()[0].partition("[")[0] for line in lines if "vfl data get" in line} == set(SOURCES)
 
 
 # --- vfl show ---

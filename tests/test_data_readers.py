@@ -278,5 +278,6 @@ def test_the_real_files_hold_what_is_known_of_them(name: str) -> None:
     standardized(dataset, 1e-3)
 
 
-def test_every_reader_is_tested_here_or_with_the_data_sets() -> None:
-    assert set(DATASETS) == {*REAL, "digits", "synthetic", "fedprox_synthetic", "quadratic", "libsvm"}
+def test_every_reader_is_tested_here_or_with_the_data_sets_or_leaf() -> None:
+    elsewhere = {"digits", "synthetic", "femnist", "shakespeare", "tiny_shakespeare"}
+    assert set(DATASETS) == {*REAL, *elsewhere, "fedprox_synthetic", "quadratic", "libsvm"}

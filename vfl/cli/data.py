@@ -123,11 +123,12 @@ def _print_labels(console: Console, data: FederatedData) -> None:
         return
     shown = table(">client", ">examples", *(f">{c}" for c in range(data.classes)))
     shown.padding = (0, 1, 0, 0)
-    for i, row in enumerate(counts[:_SHOWN]):
+    for i, (row, size) in enumerate(zip(counts[:_SHOWN], data.clients.sizes(), strict=False)):
         cells = [Text("·", "dim") if n == 0 else f"{n:,}" for n in row.tolist()]
-        shown.add_row(f"{i}", f"{int(row.sum()):,}", *cells)
+        shown.add_row(f"{i}", f"{size:,}", *cells)
     about = f"the first {_SHOWN} of {N:,} clients" if N > _SHOWN else "all clients"
-    section(console, f"\nexamples of each label, {about}", shown)
+    unit = "positions" if data.clients.y.dim() > 1 else "examples"
+    section(console, f"\n{unit} of each label, {about}", shown)
 
 
 @contextmanager

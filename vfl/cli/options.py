@@ -30,8 +30,8 @@ class RunOptions:
     """What an experiment is made of, beside its algorithm."""
 
     data: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, synthetic:features=32,classes=10, libsvm:a9a, or
-    quadratic:dim=20,L=2,mu=1 (see `vfl list data`)."""
+    """Data set: digits, mnist, fashion_mnist, cifar10, femnist, shakespeare, tiny_shakespeare, libsvm:a9a,
+    synthetic:features=32,classes=10, or quadratic:dim=20,L=2,mu=1 (see `vfl list data`)."""
     data_root: Annotated[Path | None, _default("$VFL_DATA, else the user's cache folder")] = None
     """Folder of the data sets."""
     partition: Annotated[str | None, _default("natural where the data has users, else iid")] = None
@@ -44,8 +44,9 @@ class RunOptions:
     held_out: float = 0.0
     """Fraction of each client's examples set aside as its own test examples."""
     model: str = "auto"
-    """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, or your own as package.module:factory;
-    auto: what goes with the data (linear for quadratic and libsvm, else mlp)."""
+    """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, resnet18, char_lstm, char_gru, or your own
+    as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and libsvm,
+    else mlp)."""
     regularizer: Annotated[str | None, _default("none")] = None
     """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"

@@ -95,6 +95,11 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The transform of token ids stored in bytes: x in int64, which embeddings take, whatever the compute dtype."""
+    return x.long()
+
+
 class Dataset(NamedTuple):
     """A data set before it is dealt to clients."""
 

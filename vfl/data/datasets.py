@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from vfl.data.container import Dataset, Examples, FederatedData, Packed
+from vfl.data.leaf import femnist, shakespeare
 from vfl.data.libsvm import libsvm
 from vfl.data.partition import check_population, hold_out
 from vfl.data.partition import partition as deal
 from vfl.data.quadratic import quadratic
 from vfl.data.readers import cifar10, digits, fashion_mnist, mnist
 from vfl.data.synthetic import fedprox_synthetic, synthetic
+from vfl.data.text import tiny_shakespeare
 from vfl.errors import UsageError
 from vfl.spec import parse, resolve
 
@@ -23,6 +25,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "digits": digits,
+    "femnist": femnist,
+    "shakespeare": shakespeare,
+    "tiny_shakespeare": tiny_shakespeare,
     "synthetic": synthetic,
     "fedprox_synthetic": fedprox_synthetic,
     "quadratic": quadratic,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +28,18 @@ class Summary(NamedTuple):
 
 
 def label_table(data: FederatedData) -> np.ndarray:
-    """How many training examples of each label each client holds, int64 [N, classes]. Raises UsageError."""
+    """How many training examples (of sequences: positions) of each label each client holds, int64 [N, classes].
+
+    Raises UsageError.
+    """
     if not data.classes:
         raise UsageError(f"{data.name} has no class labels to count: its targets are numbers")
     y = data.clients.y.cpu().numpy()
     N, C = data.clients.population, data.classes
     if y.size and not 0 <= y.min() <= y.max() < C:
         raise UsageError(f"{data.name} holds labels from {y.min()} to {y.max()}, but classes={C} allows 0 to {C - 1}")
-    owner = np.repeat(np.arange(N), data.clients.sizes())
-    return np.bincount(owner * C + y, minlength=N * C).reshape(N, C)
+    owner = np.repeat(np.arange(N), data.clients.sizes() * math.prod(y.shape[1:]))
+    return np.bincount(owner * C + y.ravel(), minlength=N * C).reshape(N, C)
 
 
 def summary(data: FederatedData) -> Summary:
@@ -83,7 +87,7 @@ def plot_labels(data: FederatedData, path: str | Path) -> Path:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, lines])
     ink, line = "#2a6f97", "#d9dee2"
 
-    above.bar(at, table.sum(1), width=0.7, color="#8fb8cf")
+    above.bar(at, data.clients.sizes()[shown], width=0.7, color="#8fb8cf")
     above.set_ylabel("examples")
     above.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     about = f"{len(shown)} of {N:,} clients, evenly spaced" if len(shown) < N else f"{N:,} clients"
@@ -94,7 +98,8 @@ def plot_labels(data: FederatedData, path: str | Path) -> Path:
     most = max(int(table.max()), 1)
     below.scatter(at[i], c, s=(1.25 * cell) ** 2 * table[i, c] / most, color=ink, alpha=0.85, linewidths=0)
     below.set(xlabel="client", ylabel="label", xlim=(-0.8, len(shown) - 0.2), ylim=(C - 0.3, -0.7))
-    below.set_title(f"largest disc: {most:,} example{'s' * (most > 1)}", loc="right", fontsize=9, color="#5c6770")
+    unit = "position" if data.clients.y.dim() > 1 else "example"
+    below.set_title(f"largest disc: {most:,} {unit}{'s' * (most > 1)}", loc="right", fontsize=9, color="#5c6770")
     below.set_axisbelow(True)
     below.grid(axis="y", color=line, linewidth=0.6)
     ticks = at[:: -(-len(shown) // 10)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vfl.data.datasets import DATASETS, data_root
+from vfl.data.leaf import MADE_BY_LEAF, how_to_make
 from vfl.errors import UsageError, unknown
 
 Progress = Callable[[str, int, int | None], None]
@@ -60,6 +61,10 @@ SOURCES: dict[str, Source] = {
         ("https://www.cs.toronto.edu/~kriz/",),
         {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
     ),
+    "tiny_shakespeare": Source(
+        ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",),
+        {"input.txt": "6fb458f1232090904fb40fe944165e91"},
+    ),
 }
 """The data sets that can be downloaded."""
 
@@ -78,6 +83,8 @@ def get(
     for the official addresses. Raises UsageError for an unknown name, a wrong checksum, and addresses that cannot be
     reached or refuse.
     """
+    if name in MADE_BY_LEAF:
+        raise UsageError(f"{name} cannot be downloaded ready-made; {how_to_make(name)}")
     if name in DATASETS and name not in SOURCES:
         raise UsageError(f"{name} needs no download: it comes with vfl")
     if name not in SOURCES:

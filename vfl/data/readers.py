@@ -6,8 +6,6 @@ damaged raises UsageError with the file's name and what to do.
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from vfl.data.container import Dataset, Examples, Normalize
+from vfl.data.files import again, damaged, find, packed, unpacked
 from vfl.errors import UsageError
 
 _IDX = {"images": 0x00000803, "labels": 0x00000801}  # magic numbers: unsigned bytes, 3 axes or 1
@@ -46,7 +45,7 @@ def cifar10(*, root: Path) -> Dataset:
     """
     folders = ["cifar10", "cifar10/cifar-10-batches-bin", "cifar-10-batches-bin", "."]
     records = np.empty((len(_CIFAR_FILES), _CIFAR_RECORDS, _CIFAR_RECORD), np.uint8)
-    if _packed(root, folders, _CIFAR_FILES[0]) is None and (tar := _packed(root, folders, _CIFAR_TAR)):
+    if packed(root, folders, _CIFAR_FILES[0]) is None and (tar := packed(root, folders, _CIFAR_TAR)):
         files = _members(tar)
     else:
         files = _files(root, folders)
@@ -83,7 +82,7 @@ def _idx_set(name: str, root: Path, folders: list[str], normalize: Normalize) ->
     """The four IDX files of MNIST or a set of the same names."""
     parts: dict[str, Examples] = {}
     for split in ("train", "t10k"):
-        x_path, y_path = (_find(root, folders, _idx_name(split, kind), name) for kind in _IDX)
+        x_path, y_path = (find(root, folders, _idx_name(split, kind), name) for kind in _IDX)
         x, y = _idx(x_path, "images", name), _idx(y_path, "labels", name)
         if x.shape[1:] != (28, 28):
             raise _broken(x_path, f"its images are {x.shape[1]} × {x.shape[2]}, not 28 × 28", name)
@@ -122,7 +121,7 @@ def _idx(path: Path, kind: str, name: str) -> np.ndarray:
 
 def _files(root: Path, folders: list[str]) -> Iterator[tuple[str, Path, bytes]]:
     """(name, path, content) of each CIFAR-10 file; several are unpacked at once."""
-    paths = [_find(root, folders, name, "cifar10") for name in _CIFAR_FILES]
+    paths = [find(root, folders, name, "cifar10") for name in _CIFAR_FILES]
     with ThreadPoolExecutor() as threads:
         yield from zip(_CIFAR_FILES, paths, threads.map(_content, paths, ["cifar10"] * len(paths)), strict=True)
 
@@ -144,42 +143,14 @@ def _members(path: Path) -> Iterator[tuple[str, Path, bytes]]:
         raise _broken(path, f"it lacks {', '.join(sorted(missing))}", "cifar10")
 
 
-def _packed(root: Path, folders: list[str], file: str) -> Path | None:
-    """The first of the folders' `file`, plain, .gz or .xz, that exists."""
-    candidates = [root / folder / (file + ending) for folder in folders for ending in ("", ".gz", ".xz")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _find(root: Path, folders: list[str], file: str, name: str) -> Path:
-    path = _packed(root, folders, file)
-    if path is None:
-        raise UsageError(
-            f"{file} (plain, .gz or .xz) is missing from {root / name} and {root}; run `vfl data get {name}`, "
-            "or point --data-root or VFL_DATA at the folder that has it"
-        )
-    return path
-
-
-def _content(path: Path, name: str) -> bytes:
-    """A file's bytes, unpacked by its ending."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        if path.suffix == ".xz":
-            with lzma.open(path) as file:
-                return file.read()
-        return path.read_bytes()
-    except PermissionError:
-        raise UsageError(f"{path} cannot be read: permission denied; make it readable or remove it") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _broken(path, f"it cannot be read ({error})", name) from None
-
-
 def _check_labels(y: np.ndarray, path: Path, name: str) -> None:
     if y.size and y.max() > 9:
         raise _broken(path, f"it holds the label {y.max()}, but labels are 0 to 9", name)
 
 
+def _content(path: Path, name: str) -> bytes:
+    return unpacked(path, again(name))
+
+
 def _broken(path: Path, what: str, name: str) -> UsageError:
-    return UsageError(f"{path} is damaged: {what}; delete it and run `vfl data get {name}`")
+    return damaged(path, what, again(name))
