@@ -45,8 +45,8 @@ class RunOptions:
     """Fraction of each client's examples set aside as its own test examples."""
     model: str = "auto"
     """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, resnet18, char_lstm, char_gru, or your
-    own as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and libsvm,
-    else mlp)."""
+    own as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and
+    libsvm, else mlp)."""
     regularizer: Annotated[str | None, _default("none")] = None
     """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"
