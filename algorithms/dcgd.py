@@ -2,6 +2,7 @@
 
 Client: it sends C(gᵢ) with gᵢ its gradient at x.
 Server: x ← x − γ mean_S C(gᵢ). It sends x.
+It ends in a neighbourhood of the solution, unless the clients' gradients vanish there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Server(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DCGD(CompressedGradient):
-    """DCGD: compressed gradients; it ends in a neighbourhood of the solution (Khirirat et al., 1806.06573)."""
+    """DCGD: clients send compressed gradients (Khirirat et al., 1806.06573)."""
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task. Raises UsageError for a biased compressor."""

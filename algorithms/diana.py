@@ -59,13 +59,13 @@ class Diana(ShiftedGradient):
             return init_shift(self, x)
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-            (x, h), bits = trainer.send((server.x, server.h if self.drift_correction else ()), key)
+            (x, h), bits = trainer.send((server.x, server.h if self.corrected else ()), key)
             return vfl.Broadcast(Sent(x, h, trainer.rate(server.t)), bits)
 
         def client_update(
             sent: Sent, client: Shift, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Shift, vfl.Metrics]:
-            correction = sent.h - client.h if self.drift_correction else None
+            correction = sent.h - client.h if self.corrected else None
             g, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches, correction)
             (m, change, bits), client = difference(trainer.compressor, g, client, a, key)
             payload = Payload(m, () if self.shifts == "zero" else change)

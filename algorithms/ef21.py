@@ -46,13 +46,13 @@ class EF21(ShiftedGradient):
             return init_shift(self, x)
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-            (x, g), bits = trainer.send((server.x, server.g if self.drift_correction else ()), key)
+            (x, g), bits = trainer.send((server.x, server.g if self.corrected else ()), key)
             return vfl.Broadcast(Sent(x, g, trainer.rate(server.t)), bits)
 
         def client_update(
             sent: Sent, client: Shift, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Shift, vfl.Metrics]:
-            correction = sent.h - client.h if self.drift_correction else None
+            correction = sent.h - client.h if self.corrected else None
             gradient, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches, correction)
             (c, _, bits), client = difference(trainer.compressor, gradient, client, 1.0, key)
             return vfl.Message(c, trainer.weight(batches), bits), client, metrics

@@ -36,7 +36,7 @@ class Sent(NamedTuple):
 
     x: Tensor  # [D]
     previous: Tensor  # [D]
-    h: vfl.Tree  # [D] for the drift correction, else ()
+    h: vfl.Tree  # [D] where local steps are corrected, else ()
     lr: Tensor  # [] η of this round
 
 
@@ -76,7 +76,7 @@ class Frecon(ShiftedGradient):
             return init_shift(self, x)
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
-            h = server.h if self.drift_correction else ()
+            h = server.h if self.corrected else ()
             bits = vfl.float_bits((server.x, h)) + vfl.float_bits(server.previous) * ~server.held
             return vfl.Broadcast(Sent(server.x, server.previous, h, trainer.rate(server.t)), bits)
 
@@ -84,7 +84,7 @@ class Frecon(ShiftedGradient):
             sent: Sent, client: Shift, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Shift, vfl.Metrics]:
             u_key, q_key = vfl.random.split(key).unbind()
-            correction = sent.h - client.h if self.drift_correction else None
+            correction = sent.h - client.h if self.corrected else None
             g, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches, correction)
             before, cost = local_gradient(trainer, vfl.ModelAndRate(sent.previous, sent.lr), batches, correction)
             (u, change, bits), client = difference(trainer.compressor, g, client, a, u_key)

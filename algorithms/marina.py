@@ -125,7 +125,7 @@ class Marina(CompressedGradient):
 
 @dataclass(frozen=True, kw_only=True)
 class PPMarina(Marina):
-    """PP-MARINA: MARINA on a sample of the clients, whose synchronizations ask all of them (2102.07845)."""
+    """PP-MARINA: a sample of the clients, all of them to synchronize (2102.07845)."""
 
     asks_everyone: ClassVar[bool] = True
 
@@ -138,7 +138,7 @@ class PPMarina(Marina):
 
 @dataclass(frozen=True, kw_only=True)
 class VRMarina(Marina):
-    """VR-MARINA: MARINA on minibatches, whose synchronizations take all examples (2102.07845); PAGE for one client."""
+    """VR-MARINA: minibatches, all examples to synchronize (2102.07845); PAGE for N = 1."""
 
     p: float | None = None
     """Probability of a synchronization; by default 1/(1 + ω). The paper's is at most b/(m + b) for b of m examples."""

@@ -98,10 +98,10 @@ def shifted(config: Any, run: Run, recursive: bool) -> Numbers:
     up = down = 0.0
     for t in range(ROUNDS):
         cohort = run.visits(t, False)
-        down += len(cohort) * D * FLOAT * (1 + config.drift_correction + (recursive and not held))
+        down += len(cohort) * D * FLOAT * (1 + config.corrected + (recursive and not held))
         us, qs, changes = [], [], []
         for i in working(cohort):
-            correction = h - shift[i] if config.drift_correction else 0.0
+            correction = h - shift[i] if config.corrected else 0.0
             now = mean_gradient(x, cohort[i], eta, correction)
             k = key(run, t, i)
             if recursive:
@@ -134,10 +134,10 @@ def ef21(config: Any, run: Run) -> Numbers:
     up = down = 0.0
     for t in range(ROUNDS):
         cohort = run.visits(t, False)
-        down += len(cohort) * D * FLOAT * (1 + config.drift_correction)
+        down += len(cohort) * D * FLOAT * (1 + config.corrected)
         g = np.mean(list(g_i.values()), axis=0)
         for i in working(cohort):
-            correction = g - g_i[i] if config.drift_correction else 0.0
+            correction = g - g_i[i] if config.corrected else 0.0
             now = mean_gradient(x, cohort[i], config.local_lr, correction)
             if config.shifts == "gradient" and i not in seen:
                 c, bits = now, D * FLOAT

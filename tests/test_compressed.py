@@ -56,16 +56,16 @@ CASES = {
     "dcgd-natural": (DCGD(compressor="natural", downlink="natural"), LOCAL),
     "diana": (Diana(), FULL),
     "diana-gradient": (Diana(shifts="gradient"), SAMPLE),
-    "diana-corrected": (Diana(drift_correction=True, compressor="qsgd:4"), LOCAL),
+    "diana-corrected": (Diana(local_direction="corrected", compressor="qsgd:4"), LOCAL),
     "cofig": (Cofig(), SAMPLE),
     "frecon": (Frecon(), FULL),
-    "frecon-gradient-corrected": (Frecon(shifts="gradient", drift_correction=True), LOCAL),
+    "frecon-gradient-corrected": (Frecon(shifts="gradient", local_direction="corrected"), LOCAL),
     "marina": (Marina(p=0.3), FULL),
     "marina-natural": (Marina(p=0.3, compressor="natural"), LOCAL),
     "ppmarina": (PPMarina(p=0.3), SAMPLE),
     "vrmarina": (VRMarina(), SAMPLE),
     "ef21": (EF21(), FULL, SAMPLE),
-    "ef21-gradient-corrected": (EF21(shifts="gradient", drift_correction=True, compressor="sign"), LOCAL),
+    "ef21-gradient-corrected": (EF21(shifts="gradient", local_direction="corrected", compressor="sign"), LOCAL),
     "fedavg": (FedAvg(compressor="top_k:0.5", downlink="natural"), LOCAL),
     "scaffold": (Scaffold(compressor="rand_k:0.5", downlink="natural"), LOCAL),
     "scaffold-top_k": (Scaffold(compressor="top_k:0.5"), LOCAL),
@@ -265,9 +265,9 @@ def test_dcgd_stalls_where_the_others_converge(quadratic):
 
 
 @pytest.mark.parametrize("config", [Diana, EF21])
-def test_several_local_steps_reach_the_minimiser_only_with_the_drift_correction(config, quadratic):
+def test_several_local_steps_reach_the_minimiser_only_when_corrected(config, quadratic):
     options = {"compressor": "natural", "server_lr": 1.5 / 20, "local_lr": 0.01}
-    with_it, _ = descent(config(drift_correction=True, **options), quadratic, 160, local_steps=3)
+    with_it, _ = descent(config(local_direction="corrected", **options), quadratic, 160, local_steps=3)
     without, _ = descent(config(**options), quadratic, 60, local_steps=3)
     assert with_it[-1] < 1e-3
     assert without[30:].min() > 0.5
@@ -367,6 +367,7 @@ class Plain(vfl.LocalTraining):
         (Frecon, {"lam": 1.5}, "lam must be above 0 and at most 1, not 1.5"),
         (Diana, {"shift_step": 0.0}, "shift-step must be above 0 and at most 1, not 0.0"),
         (EF21, {"shifts": "one"}, "shifts must be zero or gradient, not 'one'"),
+        (Diana, {"local_direction": "h"}, "local-direction must be gradient or corrected, not 'h'"),
         (FedAvg, {"compressor": "topk:1"}, "unknown compressor 'topk'; did you mean 'top_k'?"),
         (FedProx, {"downlink": "rand_k:2.0"}, "compressor rand_k:2.0 is a fraction outside (0, 1]"),
         (Plain, {"compressor": "natural"}, "plain does not compress what it sends: compressor and downlink must be"),

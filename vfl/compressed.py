@@ -55,7 +55,7 @@ class CompressedGradient(LocalTraining):
     weighting: Literal["examples", "uniform", "steps"] = "uniform"
     """A client's weight in the mean: 1, since the methods minimise the clients' plain mean."""
     server_lr: float = 0.1
-    """Server step size γ."""
+    """Server step size γ, in x ← x − γ g."""
     local_lr: float = 0.1
     """Client step size η; it matters with more than one local step alone."""
 
@@ -118,20 +118,27 @@ class ShiftedGradient(CompressedGradient):
 
     shifts: Literal["zero", "gradient"] = "zero"
     """Where a client's shift starts: zero, or its own gradient, sent uncompressed when it first takes part."""
-    drift_correction: bool = False
-    """Whether local steps descend g − hᵢ + h, for which the server sends h too; for several local steps a round."""
+    local_direction: Literal["gradient", "corrected"] = "gradient"
+    """What several local steps descend: the gradient g, or g − hᵢ + h, for which the server sends h too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shifts not in ("zero", "gradient"):
             raise UsageError(f"shifts must be zero or gradient, not {self.shifts!r}")
+        if self.local_direction not in ("gradient", "corrected"):
+            raise UsageError(f"local-direction must be gradient or corrected, not {self.local_direction!r}")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether local steps are corrected for the clients' drift."""
+        return self.local_direction == "corrected"
 
 
 class Sent(NamedTuple):
     """What the server of a shifted method sends."""
 
     x: Tensor  # [D] the model
-    h: Tree  # [D] the mean shift for the drift correction, else ()
+    h: Tree  # [D] the mean shift where local steps are corrected, else ()
     lr: Tensor  # [] η of this round
 
 
