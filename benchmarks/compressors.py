@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import statistics
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,10 @@ from vfl.errors import UsageError
 ALLOWED = 1.5
 """How many times as long as its primitive a compressor may take."""
 MODULE = "vfl.compressors"
-ARGUMENTS = {"k": "0.01", "fraction": "0.01", "p": "0.1", "s": "16", "levels": "16", "rank": "2", "bits": "8"}
-"""What a compressor is given for parameters without a default, by their names."""
+ARGUMENTS = {"k: str": "1%", "k: int": "2", "p: float": "0.1", "s: int": "16", "bits: int": "8"}
+"""What a compressor is given for parameters without a default."""
 PRIMITIVES = {
-    "vfl.uniform": "uniform", "vfl.normal": "normal", "aten.topk": "topk", "aten.sort": "sort",
+    "vfl.uniform": "uniform", "vfl.normal": "normal", "vfl.subset": "subset", "aten.topk": "topk", "aten.sort": "sort",
     "aten.kthvalue": "kthvalue", "aten._linalg_svd": "svd", "aten.linalg_qr": "qr", "aten.mm": "product",
     "aten.bmm": "product",
 }  # fmt: skip
@@ -72,8 +73,9 @@ def specs() -> list[str]:
 
 
 def _spec(name: str, function: Callable[..., Any]) -> str:
+    kinds = typing.get_type_hints(function)
     asked = [
-        p.name
+        f"{p.name}: {kinds[p.name].__name__}"
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
@@ -118,5 +120,5 @@ COLUMNS = (
     Column("ns an entry", lambda row: number(row["ns_per_entry"])),
     Column("primitive", lambda row: row["primitive"]),
     Column("its ns", lambda row: number(row["primitive_ns_per_entry"])),
-    Column(f"ratio (allowed: {ALLOWED})", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
+    Column(f"ratio (≤ {ALLOWED})", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
 )

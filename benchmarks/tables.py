@@ -20,7 +20,10 @@ class Column(NamedTuple):
 
 def terminal(columns: Sequence[Column], rows: Iterable[Row], title: str, caption: str = "") -> Table:
     """For the terminal. The first column names the row; all others are numbers."""
-    made = Table(title=title, caption=caption or None)
+    rows = list(rows)
+    made = Table(
+        title=title, caption="\n".join(filter(None, [caption, *_reasons(columns, rows)])), caption_justify="left"
+    )
     for i, column in enumerate(columns):
         made.add_column(column.title, justify="right" if i else "left")
     for row in rows:
@@ -30,13 +33,21 @@ def terminal(columns: Sequence[Column], rows: Iterable[Row], title: str, caption
 
 def markdown(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
     """The lines of the same table in Markdown."""
-    return [*header([column.title for column in columns]), *(line(_cells(columns, row)) for row in rows)]
+    rows = list(rows)
+    table = [*header([column.title for column in columns]), *(line(_cells(columns, row)) for row in rows)]
+    reasons = [f"- {reason}" for reason in _reasons(columns, rows)]
+    return [*table, "", *reasons] if reasons else table
 
 
 def _cells(columns: Sequence[Column], row: Row) -> list[str]:
     if "missing" in row:
-        return [columns[0].show(row), row["missing"], *[""] * (len(columns) - 2)]
+        return [columns[0].show(row), "not measured", *[""] * (len(columns) - 2)]
     return [column.show(row) for column in columns]
+
+
+def _reasons(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
+    """Why rows are missing."""
+    return [f"{columns[0].show(row)}: {row['missing']}" for row in rows if "missing" in row]
 
 
 def line(values: Sequence[str]) -> str:

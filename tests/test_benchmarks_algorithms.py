@@ -66,6 +66,19 @@ def test_a_ratio_is_of_rounds_side_by_side_after_the_warm_up(monkeypatch, second
     assert row["holds"] == holds
 
 
+def test_rounds_of_two_kinds_are_each_compared_with_what_is_fair(monkeypatch):
+    def rounds(config, work, setting):
+        kinds = [(1.2, 100), (2.4, 200)] if config == "mime" else [(1.0, 100)]
+        each = [kinds[t % len(kinds)] for t in range(algorithms.WARM_UP + 4)]
+        total = np.cumsum([count for _, count in each])
+        return ({"seconds": s, "gradients": n, "execution": "vmap"} for (s, _), n in zip(each, total, strict=True))
+
+    monkeypatch.setattr(algorithms, "_rounds", rounds)
+    row = algorithms._beside_fedavg("mime", algorithms.network(SMALL), SMALL)
+    assert (row["gradients"], row["allowed"], row["holds"]) == (1.5, 2.25, True)
+    assert row["ratio"] == pytest.approx(1.8)
+
+
 @dataclass(frozen=True)
 class Theorist(vfl.LocalTraining):
     """Asks for what no network knows."""
@@ -89,10 +102,11 @@ def test_an_algorithm_that_needs_constants_is_measured_on_a_quadratic_and_a_refu
     theorist, refuser = found["algorithms"]
     assert theorist["model"] == "quadratic"
     assert refuser == {"algorithm": names[1], "missing": "it needs the | moon"}
-    assert "it needs the \\| moon" in report.render([tmp_path / "algorithms.json"])
+    assert f"- {names[1]}: it needs the | moon" in report.render([tmp_path / "algorithms.json"])
 
 
 COMPRESSORS = """
+from __future__ import annotations
 import torch, vfl
 from typing import NamedTuple
 from vfl.spec import resolve
@@ -106,9 +120,9 @@ def bits(v, count):
 def same(*, shapes, dtype):
     return Compressor(lambda v, key: (v.clone(), bits(v, 32 * len(v))))
 
-def largest(k: float, *, shapes, dtype):
+def largest(k: str, *, shapes, dtype):
     def compress(v, key):
-        n = int(k * len(v))
+        n = int(k[:-1]) * len(v) // 100
         return v.where(v.abs() >= v.abs().topk(n).values[-1], 0), bits(v, 50 * n)
     return Compressor(compress)
 
@@ -131,12 +145,12 @@ def test_a_compressor_is_compared_with_the_dearest_primitive_it_calls(tmp_path, 
     monkeypatch.setattr(compressors, "MODULE", "few_compressors")
     found = algorithms_json(tmp_path, "--algorithms", "none", "--setting.features", "2000", "--setting.tries", "5")
     same, largest, noisy, odd = found["compressors"]
-    assert [row["compressor"] for row in found["compressors"]] == ["same", "largest:0.01", "noisy", "odd"]
+    assert [row["compressor"] for row in found["compressors"]] == ["same", "largest:1%", "noisy", "odd"]
     assert [row["primitive"] for row in (same, largest, noisy)] == ["copy", "topk", "uniform"]
     assert [round(row["bits_per_entry"], 2) for row in (same, largest, noisy)] == [32, 0.5, 8]
     assert largest["ratio"] == pytest.approx(largest["ns_per_entry"] / largest["primitive_ns_per_entry"], rel=0.5)
     assert "expected odd:MOON" in odd["missing"]
-    assert "| largest:0.01 | 0.5 |" in report.render([tmp_path / "algorithms.json"])
+    assert "| largest:1% | 0.5 |" in report.render([tmp_path / "algorithms.json"])
 
 
 def test_without_compressors_a_sentence_says_so(tmp_path, monkeypatch, capsys):
