@@ -24,6 +24,7 @@ def owners_of(state: vfl.State) -> np.ndarray:
 
 def played(algorithm: Any, task: vfl.Task, data: Any, rounds: int, **options: Any) -> Numbers:
     """A run's numbers, and round by round the owners and this rank's largest chunk."""
+    options = {"execution": "vmap"} | options  # not auto, whose choice depends on the clock
     owners, history = [], []
     state = None
     for state, metrics in vfl.rounds(algorithm, task, data, rounds, **options):

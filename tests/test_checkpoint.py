@@ -60,6 +60,15 @@ def test_a_loaded_state_is_the_saved_one_and_goes_on_as_it(name, tmp_path):
     assert ended.totals == wanted.totals
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_first_state_can_be_saved_though_its_parts_may_be_one_tensor(name, tmp_path):
+    engine = engine_of(name)
+    state = engine.init(3)
+    checkpoint.save(tmp_path, state, CONFIG, keep=1)
+    loaded = checkpoint.load(checkpoint.of_round(tmp_path, 0), engine.init(4), CONFIG)
+    assert_same(state_numbers(loaded), state_numbers(state), 0)
+
+
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_saving_changes_nothing(place, tmp_path):
     engine = engine_of("scaffold-option=2", client_state=place)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, SIZES, N, federated, make_task, mlp, packed, run
+from helpers import SIZES, N, federated, make_task, mlp, packed, run
 from torch import nn
 
 import vfl
@@ -308,17 +308,6 @@ def test_gradients_equal_a_count_by_hand(algorithm, gradients):
     options = {"clients_per_round": "all", "batch_size": BATCH, "local_epochs": EPOCHS}
     _, history = vfl.simulate(algorithm, mlp(), federated(), 2, **options)
     assert [m["gradients"] for m in history] == [gradients, 2 * gradients]
-
-
-# States
-
-
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS.values(), Mime(base="adam")])
-def test_no_two_parts_of_the_first_states_share_memory(algorithm):
-    task = mlp()
-    made = algorithm.build(task, N)
-    parts = [leaf for leaf in vfl.leaves((made.init_server(task.x), made.init_client(task.x))) if leaf.numel()]
-    assert len({leaf.data_ptr() for leaf in parts}) == len(parts), "no checkpoint could hold them"
 
 
 # Options

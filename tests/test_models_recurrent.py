@@ -160,6 +160,11 @@ def batch_of(C: int, B: int = 4) -> Batch:
     return Batch(normal(C, B, 6, INPUT), torch.arange(C * B).view(C, B) % 3, torch.ones(C, B, dtype=torch.bool), keys)
 
 
+def at(batch: Batch, c: int) -> Batch:
+    """Client c's batch of a chunk's."""
+    return vfl.tree_map(lambda part: part[c], batch)
+
+
 def test_anyones_module_with_an_lstm_runs_under_vmap_and_its_state_loads_back() -> None:
     module, batch = seeded(Classifier), batch_of(3)
     problem = vfl.task(module, dtype=F64)
@@ -179,10 +184,10 @@ def test_dropout_between_the_layers_is_drawn_from_each_clients_key_and_off_in_ev
     batch = batch._replace(x=batch.x[:1].expand_as(batch.x), y=batch.y[:1].expand_as(batch.y))
     g, _ = vmap(lambda batch: problem.grad_fn(problem.x, batch, ()))(batch)
     for c in range(3):
-        one, _ = problem.grad_fn(problem.x, Batch(*(part[c] for part in batch)), ())
+        one, _ = problem.grad_fn(problem.x, at(batch, c), ())
         torch.testing.assert_close(g[c], one, **NEAR)
     assert not torch.allclose(g[0], g[1], rtol=1e-2)
-    first = Batch(*(part[0] for part in batch))
+    first = at(batch, 0)
     losses = [p.evaluate(problem.x, first, ())["loss"] for p in (problem, plain)]
     torch.testing.assert_close(*losses, **NEAR)
 

@@ -151,6 +151,11 @@ def _finite(value: Any) -> Any:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, written atomically. Raises UsageError when it cannot be written."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    seen: set[int] = set()
+    for name, t in contiguous.items():  # the format holds no two names of one memory
+        if t.untyped_storage().data_ptr() in seen:
+            contiguous[name] = t.clone()
+        seen.add(t.untyped_storage().data_ptr())
     with _writing(path):
         write_atomically(path, to_safetensors(contiguous, metadata))
 
