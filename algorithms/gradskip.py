@@ -14,8 +14,8 @@ in scaffnew.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ class GradSkip(Scaffnew):
         super().__post_init__()
         if not 0 <= self.q <= 1:
             raise vfl.UsageError(f"q must be a probability from 0 to 1, not {self.q}")
+
+    def by_theory(self, setting: vfl.Setting) -> Self:
+        """Scaffnew's p, and γ = p² / (L_max (1 − q (1 − p²))) for the q given (2210.16402, Theorem 3.5)."""
+        scaffnew = super().by_theory(setting)
+        p2 = scaffnew.p**2
+        return replace(scaffnew, local_lr=scaffnew.local_lr * p2 / (1 - self.q * (1 - p2)))
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task."""

@@ -18,8 +18,8 @@ Each missed average moves its hᵢ by p/γ times the change of x, which uᵢ + (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,18 @@ class Scaffnew:
             raise vfl.UsageError(f"local-lr must be a finite number > 0, not {self.local_lr}")
         if not 0 < self.p <= 1:
             raise vfl.UsageError(f"p must be a probability above 0 and at most 1, not {self.p}")
+
+    def by_theory(self, setting: vfl.Setting) -> Self:
+        """γ = 1/L_max and p = 1/√κ with κ = L_max/μ, for μ-strongly convex fᵢ (2202.09357, Theorem 3.6).
+
+        Raises UsageError for a sample of the clients, and for μ = 0.
+        """
+        if setting.clients < setting.population:
+            raise vfl.UsageError(f"scaffnew's theorem asks all {setting.population} clients, not {setting.clients}")
+        L, mu = setting.smoothness.L_max, setting.smoothness.mu
+        if mu <= 0:
+            raise vfl.UsageError("scaffnew's theorem needs strongly convex losses: add a regularizer such as l2:0.01")
+        return replace(self, local_lr=1 / L, p=math.sqrt(mu / L))
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task."""

@@ -12,8 +12,8 @@ would run away for ω > 1; for a biased one a = 1, as in EF21 (Richtárik et al.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
@@ -64,6 +64,22 @@ class Scaffold(vfl.LocalTraining):
                 "scaffold's option 2 reads the gradients off plain sgd steps, so it needs "
                 "local-optimizer sgd and local-lr above 0; use option 1 otherwise"
             )
+
+    def by_theory(self, setting: vfl.Setting) -> Self:
+        """η = 1/(81 L_max K γ), and at most S/(15 μ N K γ) where μ > 0, for convex fᵢ (1910.06378, Theorem VII).
+
+        Raises UsageError for γ < 1, a compressor, and server or client optimizers other than sgd.
+        """
+        if self.server_lr < 1 or (self.server_optimizer, self.local_optimizer, self.compressor, self.downlink) != (
+            "sgd", "sgd", "identity", "identity"
+        ):  # fmt: skip
+            raise vfl.UsageError("scaffold's theorem has plain sgd on both sides, server-lr at least 1 and no "
+                                 "compressor; leave these options out, or step-size at given")  # fmt: skip
+        steps, constants = setting.steps * self.server_lr, setting.smoothness
+        bounds = [1 / (81 * constants.L_max * steps)]
+        if constants.mu > 0:
+            bounds.append(setting.clients / setting.population / (15 * constants.mu * steps))
+        return replace(self, local_lr=min(bounds))
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task and N = population clients."""

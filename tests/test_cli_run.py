@@ -372,7 +372,7 @@ def test_running_out_of_memory_is_said_in_one_sentence(here, monkeypatch, capsys
     def full(*arguments, **options):
         raise MemoryError("cannot have 9 TB")
 
-    monkeypatch.setattr("vfl.cli.run.federated", full)
+    monkeypatch.setattr("vfl.cli.experiment.federated", full)
     assert vfl("fedavg", *SMALL) == 1
     assert capsys.readouterr().err == "vfl: out of memory: cannot have 9 TB\n"
 
@@ -381,7 +381,7 @@ def test_ctrl_c_before_the_first_round_ends_without_a_traceback(here, monkeypatc
     def pressed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vfl.cli.run.federated", pressed)
+    monkeypatch.setattr("vfl.cli.experiment.federated", pressed)
     assert vfl("fedavg", *SMALL) == 130
     assert capsys.readouterr().err.count("\n") == 1 and tree(here) == {}
 

@@ -27,6 +27,7 @@ from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
 from vfl.task import Aux, Batch, Task, accuracy, binary_accuracy, cross_entropy, logistic, squared_error, task
+from vfl.theory import Setting, by_theory
 from vfl.training import AlgorithmConfig, LocalTraining, ModelAndRate, Trainer
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "Result",
     "Sampler",
     "Schedule",
+    "Setting",
     "Smoothness",
     "Solution",
     "State",
@@ -68,6 +70,7 @@ __all__ = [
     "Work",
     "accuracy",
     "binary_accuracy",
+    "by_theory",
     "clip_norm",
     "compressor",
     "cross_entropy",

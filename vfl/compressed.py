@@ -7,8 +7,8 @@ all of its data with batch-size all); with K > 1 it is (x − y)/(Kη), so that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from vfl.errors import UsageError
 from vfl.local import Batches, float_bits, keep_where
 from vfl.optimizers import clip_norm
 from vfl.task import Task
+from vfl.theory import Setting
 from vfl.training import LocalTraining, ModelAndRate, Trainer
 
 
@@ -82,6 +83,15 @@ class CompressedGradient(LocalTraining):
         `clients` of the N = population take part in a round; None: all. Raises UsageError where no theorem gives one.
         """
         raise UsageError(f"{self.method} has no step size from theory; tune server-lr")
+
+    def by_theory(self, setting: Setting) -> Self:
+        """The same method with `step_size` as server-lr. Raises UsageError with more than one local step."""
+        if setting.steps > 1:
+            raise UsageError(f"{self.method}'s theorem has one local step a round, not {setting.steps}: use batch-size "
+                             "all and one local epoch, or local-steps 1")  # fmt: skip
+        clients = None if setting.clients == setting.population else setting.clients
+        gamma = self.step_size(setting.smoothness, setting.task, setting.population, clients)
+        return replace(self, server_lr=gamma)
 
     def unbiased(self, trainer: Trainer) -> float:
         """ω of the compressor. Raises UsageError for a biased one."""

@@ -55,6 +55,9 @@ class RunOptions:
     """How they are drawn: uniform (without replacement), replacement, poisson, weighted (by size), or fixed:0,3,5."""
     rounds: int = 100
     """Communication rounds, those before a resume included."""
+    step_size: Literal["given", "theory"] = "given"
+    """given: the step sizes of the options; theory: those of the method's theorem, where it has one and the
+    objective's L and μ are known (model linear)."""
     batch_size: str = "20"
     """Examples in a local minibatch: a count, a fraction of the client's own (0.1 or 10%), rounded up, or all."""
     local_epochs: int = 1
@@ -132,10 +135,14 @@ class RunOptions:
                 raise UsageError(f"{flag(name)} is a fraction from 0 to below 1, not {value}")
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
-        Work(self.batch_size, self.local_epochs, self.local_steps, self.draw, self.reshuffle).check()
+        self.work().check()
         self.replication()
         self.wanted_ranks()
         regularizer(self.regularizer)
+
+    def work(self) -> Work:
+        """What a client does in a round."""
+        return Work(self.batch_size, self.local_epochs, self.local_steps, self.draw, self.reshuffle)
 
     def replication(self) -> Replication | None:
         """The runs that are played at once; None: one."""

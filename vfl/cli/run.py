@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import shlex
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,27 +15,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from vfl import checkpoint, runs
+from vfl.cli.experiment import evaluation, experiment
 from vfl.cli.launch import follow_launcher, launch, rank_count
 from vfl.cli.options import Call, parse_run
 from vfl.cli.signals import first_signal
-from vfl.data import FederatedData, federated
 from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
 from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import check_metrics
-from vfl.models import model
 from vfl.plots import score
-from vfl.problems import LinearProblem
 from vfl.profiling import summary, traced
-from vfl.regularizers import regularizer
 from vfl.replicas import by_setting, parse_grid
-from vfl.simulate import Evaluation, make_engine, play
-from vfl.spec import parse
-from vfl.task import Loss, Task, cross_entropy, logistic, squared_error, task
+from vfl.simulate import play
 from vfl.terminal import number as shown
 
 log = logging.getLogger("vfl")
@@ -58,30 +50,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
-    options = call.options
-    data_seed = options.seed if options.data_seed is None else options.data_seed
-    data = federated(
-        options.data, partition=options.partition, clients=options.clients, seed=data_seed, root=options.data_root,
-        validation=options.validation, held_out=options.held_out,
-    )  # fmt: skip
-    if options.model == "auto":  # the configuration names the model that was trained
-        options = dataclasses.replace(options, model=data.model)
-        call = call._replace(options=options)
-    learning = make_task(call, data, device)
-    replicas, x = options.replication(), learning.x
-    if replicas is not None:  # each has a model of its own seed
-        models = {s: make_task(call, data, device, options.seed + s).x for s in range(replicas.seeds)}
-        x = torch.stack([models[int(setting["replica"])] for setting in replicas.settings()])
-    engine = make_engine(
-        call.algorithm, learning, data, batch_size=options.batch_size, local_epochs=options.local_epochs,
-        local_steps=options.local_steps, draw=options.draw, reshuffle=options.reshuffle,
-        clients_per_round=options.clients_per_round, sampling=options.sampling,
-        execution=options.execution, chunk=options.chunk, client_state=options.client_state,
-        on_nonfinite=options.on_nonfinite, profile=options.profile, replicas=replicas, ranks=ranks,
-    )  # fmt: skip
-    when = Evaluation(options.eval_every, options.client_eval_every, options.chosen_metrics())
+    call, learning, data, engine, start = experiment(call, device, ranks)
+    options, when = call.options, evaluation(call.options)
     check_metrics(when.metrics, learning)
-    folder, start = _open(call, engine.init(options.seed, x), device, ranks)
+    folder, start = _open(call, start, device, ranks)
     state = start
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
@@ -168,66 +140,6 @@ def _launch() -> str | None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
         return None
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
-
-
-def make_task(call: Call, data: FederatedData, device: torch.device, seed: int | None = None) -> Task:
-    """The model, drawn from the seed (--seed), with the loss that the data asks for, and the regularizer.
-
-    The loss is half the squared error for numbers as targets, the logistic loss for two classes and a model with one
-    output, else cross-entropy. Raises UsageError when the model cannot take the data's inputs or its outputs do not fit
-    the targets.
-    """
-    options = call.options
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # `module:factory` may lie in the current folder
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed if seed is None else seed)
-        x_shape, y_shape = (tuple(part.shape[1:]) for part in (data.clients.x, data.clients.y))
-        module = model(options.model, x_shape, data.classes, y_shape)
-    penalty = regularizer(options.regularizer)
-    loss = _loss(module, data, options.model)
-    mixed = options.dtype == "bfloat16"
-    made = task(
-        module, loss, regularizer=penalty if options.regularizer else None, device=device,
-        dtype=torch.float32 if mixed else getattr(torch, options.dtype), compute=torch.bfloat16 if mixed else None,
-    )  # fmt: skip
-    return made._replace(problem=LinearProblem(data, penalty)) if parse(options.model).name == "linear" else made
-
-
-def _loss(module: nn.Module, data: FederatedData, name: str) -> Loss:
-    """The loss, tried on two examples, so that a model that does not fit the data is refused before the run begins."""
-    x, y = data.clients.x[:2], data.clients.y[:2]
-    shape = "×".join(map(str, x.shape[1:]))
-    with torch.no_grad():
-        try:
-            outputs = module.eval()(data.transform(x, torch.float32))
-        except Exception as error:  # the model is anyone's code
-            raise UsageError(
-                f"model {name!r} cannot take the inputs of {data.name} ({shape}): {_first(error)}"
-            ) from None
-        found = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.dim() else None
-        loss = squared_error if not data.classes else logistic if (data.classes, found) == (2, 1) else cross_entropy
-        if loss is cross_entropy and found is not None:
-            labels = [split.y for split in (data.clients, data.test, data.validation, data.held_out) if split]
-            largest = max(int(y.max()) for y in labels if y.numel())
-            if found <= largest:
-                raise UsageError(
-                    f"model {name!r} has {found} outputs, too few for the labels 0 to {largest} of {data.name}"
-                )
-        try:
-            fits = loss(outputs, y).shape == (len(y),)
-        except Exception as error:
-            raise UsageError(
-                f"model {name!r} has outputs that the loss of {data.name} cannot take: {_first(error)}"
-            ) from None
-        if not fits:
-            raise UsageError(f"model {name!r} must give one row of outputs an example")
-    return loss
-
-
-def _first(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
