@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree
 from vfl.errors import UsageError
 from vfl.local import Batches
-from vfl.task import Task
 from vfl.training import AlgorithmConfig
 
 STEP_SIZES = ("local_lr", "server_lr")  # what a grid may vary: numbers that only ever multiply
@@ -77,19 +76,21 @@ class Sent(NamedTuple):
     values: dict[str, Tensor]
 
 
-def over_grid(config: AlgorithmConfig, task: Task, population: int, names: Sequence[str]) -> Algorithm:
+def over_grid(
+    config: AlgorithmConfig, build: Callable[[AlgorithmConfig], Algorithm], names: Sequence[str]
+) -> Algorithm:
     """The configured algorithm with these options read from the server's state, so that replicas may differ in them."""
 
     def at(values: dict[str, Tensor]) -> Algorithm:
         varied = copy.copy(config)
         for name, value in values.items():
             object.__setattr__(varied, name, value)  # frozen, and checked before: a traced value cannot be
-        return varied.build(task, population)
+        return build(varied)
 
     for name in names:
         if not hasattr(config, name):
             raise UsageError(f"{type(config).__name__} has no option {name.replace('_', '-')} for a grid to vary")
-    plain = config.build(task, population)
+    plain = build(config)
 
     def init_server(x: Tensor) -> Varied:
         return Varied(plain.init_server(x), {name: x.new_tensor(getattr(config, name)) for name in names})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from vfl.local import BatchSize, Draw, Reshuffle, Work
 from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
+from vfl.wrappers import Wrapper, wrapped
 
 
 class Result(NamedTuple):
@@ -61,7 +62,8 @@ def rounds(
     `reshuffle`, keywords too, are those of `vfl.Work`. `state` continues an earlier run; every other keyword goes to
     `vfl.Engine` (clients_per_round, sampling, execution, chunk, client_state, on_nonfinite, profile, importance,
     replicas, ranks); `importance` [M] is what the examples' probabilities are proportional to under draw importance,
-    by default their inputs' squared norms. Metrics, by name: `round`; `train_loss` (mean over the
+    by default their inputs' squared norms. `wrappers` change the algorithm, the first
+    one innermost. Metrics, by name: `round`; `train_loss` (mean over the
     examples that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
     `evaluation`; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
     `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
@@ -89,16 +91,22 @@ def make_engine(
     local_steps: int | None = None,
     draw: Draw = "epochs",
     reshuffle: Reshuffle = "epoch",
+    wrappers: Sequence[Wrapper] = (),
     **engine: Any,
 ) -> Engine:
     """The engine of an experiment; the keywords are those of `rounds`."""
-    if not isinstance(algorithm, Algorithm):
-        population, replicas = data.clients.population, engine.get("replicas")
-        if isinstance(replicas, Replication) and replicas.grid:
-            replicas.check()
-            algorithm = over_grid(algorithm, task, population, list(replicas.grid))
-        else:
-            algorithm = algorithm.build(task, population)
+    population, replicas = data.clients.population, engine.get("replicas")
+
+    def built(config: AlgorithmConfig) -> Algorithm:
+        return wrapped(config.build(task, population), wrappers, task, population)
+
+    if isinstance(algorithm, Algorithm):
+        algorithm = wrapped(algorithm, wrappers, task, population)
+    elif isinstance(replicas, Replication) and replicas.grid:
+        replicas.check()
+        algorithm = over_grid(algorithm, built, list(replicas.grid))
+    else:
+        algorithm = built(algorithm)
     work = Work(batch_size, local_epochs, local_steps, draw, reshuffle)
     return Engine(algorithm, task, data, work=work, **engine)
 

@@ -57,7 +57,7 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
         x = torch.stack([models[int(setting["replica"])] for setting in replicas.settings()])
     engine = make_engine(
         call.algorithm, learning, data, batch_size=options.batch_size, local_epochs=options.local_epochs,
-        local_steps=options.local_steps, draw=options.draw, reshuffle=options.reshuffle,
+        local_steps=options.local_steps, draw=options.draw, reshuffle=options.reshuffle, wrappers=call.wrappers,
         clients_per_round=options.clients_per_round, sampling=options.sampling,
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
         on_nonfinite=options.on_nonfinite, profile=options.profile, replicas=replicas, ranks=ranks,

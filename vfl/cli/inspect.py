@@ -15,7 +15,7 @@ from rich.text import Text
 from vfl import runs
 from vfl.algorithms import load_algorithm
 from vfl.checkpoint import every
-from vfl.cli.options import RunOptions
+from vfl.cli.options import option_fields
 from vfl.display import TOTALS
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
@@ -123,10 +123,10 @@ class Run(NamedTuple):
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a run's options; those of the algorithm as far as it is still installed."""
     try:
-        classes: list[Any] = [RunOptions, load_algorithm(str(config.get("algorithm")))]
+        own = load_algorithm(str(config.get("algorithm")))
     except UsageError:
-        classes = [RunOptions]
-    return {field.name: field.default for cls in classes for field in dataclasses.fields(cls)}
+        own = None
+    return {name: field.default for name, field in option_fields(own).items()}
 
 
 def _print_run(console: Console, run: Run) -> None:

@@ -18,6 +18,7 @@ from vfl.regularizers import regularizer
 from vfl.replicas import Replication, parse_grid
 from vfl.runs import CONFIG, is_run, read_config
 from vfl.training import AlgorithmConfig
+from vfl.wrappers import Wrapper
 
 
 def _default(meaning: str) -> Any:
@@ -188,16 +189,23 @@ NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state"
            "metrics", "checkpoint_every", "keep"}  # fmt: skip
 
 
+WRAPPERS: dict[str, type[Wrapper]] = {}
+"""What can be done to any algorithm; the first one innermost."""
+
+
 class Call(NamedTuple):
     """A parsed `vfl run`."""
 
     name: str  # the algorithm's
     options: RunOptions
     algorithm: AlgorithmConfig
+    wrappers: tuple[Wrapper, ...]  # one of each of WRAPPERS
 
     def config(self) -> dict[str, Any]:
         """Every option as config.yaml holds it."""
-        chosen = dataclasses.asdict(self.options) | dataclasses.asdict(self.algorithm)  # pyright: ignore
+        chosen: dict[str, Any] = {}
+        for part in (self.options, self.algorithm, *self.wrappers):
+            chosen |= dataclasses.asdict(part)  # pyright: ignore[reportArgumentType]
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if k not in ABOUT_THE_CALL}
         return {"algorithm": self.name, **plain}
 
@@ -219,12 +227,12 @@ def parse_run(argv: Sequence[str]) -> Call:
                          "`vfl list algorithms` shows them all")  # fmt: skip
     cls = load_algorithm(name)
     written = _for_algorithm(written, name)
-    merged, fields = _merged(name, cls), _fields(RunOptions) | _fields(cls)
+    merged, fields = _merged(name, cls), option_fields(cls)
     prefix = [] if file is None else _as_arguments(written, fields, file)
 
     def parsed(arguments: list[str]) -> Call:
         found = parse(merged, arguments, f"vfl run {name}", fields)
-        return Call(name, found.run, found.algorithm)
+        return Call(name, found.run, found.algorithm, tuple(getattr(found, group) for group in WRAPPERS))
 
     try:
         return parsed(prefix + argv)
@@ -278,10 +286,17 @@ def _merged(name: str, cls: type[AlgorithmConfig]) -> Any:
         [
             ("run", Annotated[RunOptions, flat, tyro.conf.FlagCreatePairsOff], dataclasses.field()),
             ("algorithm", Annotated[cls, flat], dataclasses.field()),
+            *((group, Annotated[wrapper, flat], dataclasses.field()) for group, wrapper in WRAPPERS.items()),
         ],
     )
     made.__doc__ = cls.__doc__
     return made
+
+
+def option_fields(cls: type[AlgorithmConfig] | None) -> dict[str, dataclasses.Field]:
+    """Every option of a run of such an algorithm, by name; None: of an algorithm that is not known."""
+    parts = (RunOptions, *WRAPPERS.values(), *([cls] if cls else []))
+    return {name: field for part in parts for name, field in _fields(part).items()}
 
 
 def _fields(cls: Any) -> dict[str, dataclasses.Field]:
