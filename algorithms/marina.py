@@ -6,6 +6,8 @@ Server: g ← mean_S of what came, in a synchronization, else g + mean_S;   x_pr
 It sends x, and between synchronizations x_prev too, unless all clients took part in the last round and hold it (the
 papers send everyone g in its place, from which who holds x_prev computes x).
 
+Replicas each toss a coin of their own: they compute both kinds of round together, and each keeps what its coin says.
+
 VR-MARINA: gᵢ is over all of the client's examples in a synchronization, over its minibatch else; with one client and no
 compression it is PAGE (Li et al. 2008.10898). PP-MARINA: a synchronization asks all N clients, whatever the sampling.
 """
@@ -21,6 +23,7 @@ from torch import Tensor
 
 import vfl
 from vfl.compressed import CompressedGradient, Smoothness, local_gradient
+from vfl.local import keep_where
 
 
 class Server(NamedTuple):
@@ -39,8 +42,17 @@ class Sent(NamedTuple):
     """What the server sends."""
 
     x: Tensor  # [D]
-    previous: vfl.Tree  # [D]; () in a synchronization
+    previous: vfl.Tree  # [D]; () where the round is known to be a synchronization
+    sync: vfl.Tree  # bool []; () where it is known
     lr: Tensor  # [] η of this round
+
+
+def known(condition: Tensor) -> bool | None:
+    """The condition's value; None under vmap over replicas, where each has its own."""
+    try:
+        return bool(condition)
+    except RuntimeError:  # what vmap answers who asks for a value
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +82,42 @@ class Marina(CompressedGradient):
 
         def init_server(x: Tensor) -> Server:
             yes = torch.ones((), dtype=torch.bool, device=x.device)
-            return Server(x, x, x.new_zeros(x.shape), yes, yes, trainer.server.init(x), x.new_zeros(()))
+            # A tensor of its own: a program traced on one tensor for both models would take them for one later on.
+            return Server(x, x.clone(), x.new_zeros(x.shape), yes, yes, trainer.server.init(x), x.new_zeros(()))
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
             lr, bits = trainer.rate(server.t), vfl.float_bits(server.x)
+            both = bits * (2 - server.held.to(bits.dtype))
             # Rounds of the two kinds are programs of their own: as one, each would compute both kinds' gradients.
-            if bool(server.sync):
-                return vfl.Broadcast(Sent(server.x, (), lr), bits)
-            return vfl.Broadcast(Sent(server.x, server.previous, lr), bits * (2 - server.held.to(bits.dtype)))
+            sync = known(server.sync)
+            if sync is None:
+                sent = Sent(server.x, server.previous, server.sync, lr)
+                return vfl.Broadcast(sent, torch.where(server.sync, bits, both))
+            return vfl.Broadcast(Sent(server.x, () if sync else server.previous, (), lr), bits if sync else both)
+
+        def synchronize(sent: Sent, batches: vfl.Batches) -> tuple[vfl.Message, vfl.Metrics]:
+            if self.whole:
+                g, metrics = vfl.full_gradient(task.grad_fn, sent.x, batches)
+            else:
+                g, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches)
+            return vfl.message(g, trainer.weight(batches)), metrics
+
+        def difference(sent: Sent, batches: vfl.Batches, key: Tensor) -> tuple[vfl.Message, vfl.Metrics]:
+            g, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches)
+            before, cost = local_gradient(trainer, vfl.ModelAndRate(sent.previous, sent.lr), batches)
+            metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
+            return trainer.message(g - before, trainer.weight(batches), key), metrics
 
         def client_update(
             sent: Sent, client: tuple[()], batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, tuple[()], vfl.Metrics]:
-            weight, here = trainer.weight(batches), vfl.ModelAndRate(sent.x, sent.lr)
             if isinstance(sent.previous, tuple):
-                if self.whole:
-                    g, metrics = vfl.full_gradient(task.grad_fn, sent.x, batches)
-                else:
-                    g, metrics = local_gradient(trainer, here, batches)
-                return vfl.message(g, weight), client, metrics
-            g, metrics = local_gradient(trainer, here, batches)
-            before, cost = local_gradient(trainer, here._replace(x=sent.previous), batches)
-            metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
-            return trainer.message(g - before, weight, key), client, metrics
+                message, metrics = synchronize(sent, batches)
+            elif isinstance(sent.sync, tuple):
+                message, metrics = difference(sent, batches, key)
+            else:
+                message, metrics = keep_where(sent.sync, synchronize(sent, batches), difference(sent, batches, key))
+            return message, client, metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             g = torch.where(server.sync, mean.payload, server.g + mean.payload)

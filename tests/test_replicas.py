@@ -8,6 +8,7 @@ import torch
 from helpers import ALGORITHMS, federated, norm_and_dropout, regression
 
 import vfl
+from algorithms.marina import Marina, PPMarina, VRMarina
 from vfl.engine import Engine
 from vfl.replicas import parse_grid
 from vfl.simulate import make_engine
@@ -23,8 +24,8 @@ def together(algorithm, task, data, replicas, rounds, **options):
     return list(vfl.rounds(algorithm, task, data, rounds, seed=5, replicas=replicas, **OPTIONS, **options))
 
 
-# What the server of these asks for depends on its state: an exchange in turn, or a coin for a synchronization.
-ALTERNATING = [name for name in ALGORITHMS if name.startswith(("mime-", "marina", "ppmarina", "vrmarina"))]
+# What the server of these asks for depends on its state: an exchange in turn, or all clients when a coin says so.
+ALTERNATING = [name for name in ALGORITHMS if name.startswith(("mime-", "ppmarina"))]
 every_replicable = pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ALTERNATING])
 
 
@@ -46,6 +47,22 @@ def test_each_replica_equals_the_run_of_its_seed_alone(name, execution):
             for name in ("train_loss", "bits_up", "bits_down", "gradients", "test_loss", "test_accuracy"):
                 np.testing.assert_allclose(metrics["replicas"][r][name], expected[name], rtol=1e-9, err_msg=name)
             assert metrics["replicas"][r].keys() - {"replica"} == set(expected) - set(OF_THE_RUN)
+
+
+@pytest.mark.parametrize("kind", [Marina, PPMarina, VRMarina])
+def test_replicas_whose_coins_differ_equal_their_runs_alone(kind):
+    algorithm, task, data = kind(p=0.5), regression(), federated(SIZES)
+    options = OPTIONS | {"clients_per_round": "all"}
+    played = list(vfl.rounds(algorithm, task, data, 4, seed=5, replicas=2, execution="vmap", **options))
+    coins = [state.server.sync.tolist() for state, _ in played]
+    assert any(len(set(coin)) == 2 for coin in coins), "the replicas' coins never differ"
+    for r in range(2):
+        alone = list(vfl.rounds(algorithm, task, data, 4, seed=5 + r, execution="vmap", **options))
+        for (state, metrics), (wanted, expected) in zip(played, alone, strict=True):
+            mine = state.replica(r).server
+            torch.testing.assert_close(list(vfl.base.leaves(mine)), list(vfl.base.leaves(wanted.server)), **NEAR)
+            for name in ("train_loss", "bits_up", "bits_down", "gradients"):
+                np.testing.assert_allclose(metrics["replicas"][r][name], expected[name], rtol=1e-9, err_msg=name)
 
 
 def test_replicas_with_batch_norm_and_dropout_equal_their_runs_alone():
@@ -73,6 +90,17 @@ def test_a_traced_program_of_replicas_gives_the_results_of_vmap(monkeypatch):
     found, metrics = together(ALGORITHMS["scaffold-option=2"], task, data, 3, 4, execution="compile")[-1]
     assert metrics["execution"] == "compile"
     torch.testing.assert_close(found.server.x, wanted.server.x, **NEAR)
+
+
+def test_a_traced_program_of_marinas_replicas_tells_its_two_models_apart(monkeypatch):
+    monkeypatch.setattr(vfl.execute, "compile_graph", lambda graph, inputs: graph)
+    options = {"clients_per_round": "all", "batch_size": None, "chunk": 3, "replicas": 2, "seed": 5}
+    # Of the first round, when the two are equal, the second chunk is traced.
+    work = Marina(p=0.5), regression(), federated([4] * 6), 3
+    wanted = vfl.simulate(*work, execution="vmap", **options)
+    found = vfl.simulate(*work, execution="compile", **options)
+    assert found.history[-1]["execution"] == "compile"
+    torch.testing.assert_close(found.x, wanted.x, **NEAR)
 
 
 def test_replicas_may_start_from_models_of_their_own():

@@ -242,16 +242,16 @@ class Engine:
 
     def _cohorts(self, server: Any, keys: Tensor) -> list[Cohort]:
         """Each replica's clients of the round; all clients where the algorithm asks for them."""
-        everyone = self.algorithm.everyone
-        if everyone is None:
-            return [self.sampler.draw(key) for key in keys.reshape(-1)]
-        if self.replicas is not None:
-            raise UsageError("this algorithm's cohorts depend on its state, so its replicas cannot be played together; "
-                             "run its seeds one by one")  # fmt: skip
-        population = self.data.clients.population
-        if bool(everyone(server)):
+        everyone, population = self.algorithm.everyone, self.data.clients.population
+        if everyone is not None and self.replicas is None and bool(everyone(server)):
             return [Cohort(np.arange(population), np.ones(population))]
-        return [self.sampler.draw(keys)]
+        cohorts = [self.sampler.draw(key) for key in keys.reshape(-1)]
+        # Where all clients take part anyway, it makes no difference which replica asks for them.
+        all_of_them = self.sampler.distinct and len(cohorts[0].ids) == population
+        if everyone is not None and self.replicas is not None and not all_of_them:
+            raise UsageError("this algorithm's cohorts depend on its state, so its replicas cannot be played together "
+                             "but with all clients in every round; run its seeds one by one")  # fmt: skip
+        return cohorts
 
     def _batch_bytes(self) -> int:
         """Bytes of a usual client's minibatch, as the model takes it."""
