@@ -48,7 +48,7 @@ def fedavg(
         x, opt = trainer.server_step(mean.payload, server.opt, server.x, server.t)
         return Server(x, opt, server.t + 1), {}
 
-    return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update)
+    return trainer.aggregator.of(vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class FedAvg(vfl.LocalTraining):
     """FedAvg: local SGD, the server takes the weighted mean (McMahan et al., 1602.05629)."""
 
     compresses: ClassVar[bool] = True
+    aggregates: ClassVar[bool] = True
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
         """The algorithm for this task."""

@@ -18,6 +18,7 @@ class FedProx(vfl.LocalTraining):
     """Proximal coefficient μ ≥ 0; 0 is FedAvg."""
 
     compresses: ClassVar[bool] = True
+    aggregates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

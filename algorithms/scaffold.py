@@ -54,6 +54,7 @@ class Scaffold(vfl.LocalTraining):
     """A client's weight in the mean; only uniform keeps c the mean of the clients' control variates."""
 
     compresses: ClassVar[bool] = True
+    aggregates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,4 +118,4 @@ class Scaffold(vfl.LocalTraining):
             c = server.c + mean.clients / population * a * delta.c
             return Server(x, c, opt, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return trainer.aggregator.of(vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update))

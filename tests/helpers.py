@@ -22,6 +22,7 @@ FEATURES, CLASSES = 5, 3
 PARTIAL = {"clients_per_round": 6, "batch_size": 4, "seed": 3}  # in 3 rounds, the empty client comes and others do not
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the defaults alone would test too little
+    "fedavg": [{}, {"aggregator": "geometric_median:iterations=3"}],
     "fedprox": [{"mu": 0.5}],
     "scaffold": [{"option": 1}, {"option": 2}],
     "fednova": [{}, {"local_optimizer": "sgd:momentum=0.8"}, {"mu": 0.5, "tau_eff": "steps"}],

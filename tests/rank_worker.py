@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout, numbers_of, state_numbers
 
 import vfl
+from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 
 OFF = vfl.Evaluation(0)
@@ -49,6 +50,10 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     spoilt.clients.client(2).x[0, 0] = np.nan
     drop = {"clients_per_round": 6, "on_nonfinite": "drop", "evaluation": OFF}
     found["dropped"] = played(Scaffold(), norm_and_dropout(), spoilt, 4, **drop, **options)
+    everyone = options | {"clients_per_round": "all", "evaluation": OFF}
+    found["krum"] = played(Scaffold(aggregator="multi_krum:f=1,m=3"), mlp(), federated(), 3, **everyone)
+    median = FedAvg(aggregator="median")
+    found["median-dropped"] = played(median, mlp(), spoilt, 4, on_nonfinite="drop", **everyone)
     found["diverged"] = diverged(spoilt, **options)
     found["stopped"] = stopped(ranks)
     return found

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import papers
 import papers_local
+import papers_robust
 import pytest
 import torch
 from helpers import (
@@ -30,7 +31,7 @@ from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
 
-REFERENCES = papers.REFERENCES | papers_local.REFERENCES | COMPRESSED
+REFERENCES = papers.REFERENCES | papers_local.REFERENCES | papers_robust.REFERENCES | COMPRESSED
 
 
 class Plan(NamedTuple):

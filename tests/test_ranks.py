@@ -88,7 +88,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
-             "poisson", "evaluated", "dropped", "diverged", "stopped"]  # fmt: skip
+             "poisson", "evaluated", "dropped", "krum", "median-dropped", "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -4,9 +4,11 @@ from vfl import data, models, random
 from vfl.base import (
     Algorithm,
     Broadcast,
+    Combine,
     Mean,
     Message,
     Metrics,
+    Receive,
     Tree,
     leaves,
     named_leaves,
@@ -23,6 +25,7 @@ from vfl.optimizers import Optimizer, clip_norm, optimizer
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
 from vfl.replicas import Replication
+from vfl.robust import Aggregator, aggregator
 from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
@@ -33,6 +36,7 @@ from vfl.training import AlgorithmConfig, LocalTraining, ModelAndRate, Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aggregator",
     "Algorithm",
     "AlgorithmConfig",
     "Aux",
@@ -41,6 +45,7 @@ __all__ = [
     "Broadcast",
     "ClientError",
     "Cohort",
+    "Combine",
     "Compressed",
     "Compressor",
     "DivergedError",
@@ -54,6 +59,7 @@ __all__ = [
     "ModelAndRate",
     "Optimizer",
     "Ranks",
+    "Receive",
     "Regularizer",
     "Replication",
     "Result",
@@ -69,6 +75,7 @@ __all__ = [
     "UsageError",
     "Work",
     "accuracy",
+    "aggregator",
     "binary_accuracy",
     "by_theory",
     "clip_norm",

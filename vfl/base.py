@@ -1,13 +1,13 @@
 """The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
 
-An algorithm is five pure functions, and a sixth that few need. What a client may know of the server is what `broadcast`
-sends. `client_update` is written for one client; the engine maps it over a chunk with `torch.func.vmap`, sums the
-weighted messages over chunks and ranks, and hands their mean to `server_update`.
+An algorithm is five pure functions, and three more that few need. What a client may know of the server is what
+`broadcast` sends. `client_update` is written for one client; the engine maps it over a chunk with `torch.func.vmap`,
+sums the weighted messages over chunks and ranks, and hands their mean to `server_update`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -96,6 +96,23 @@ class AsksEveryone(Protocol):
     def __call__(self, server: Any, /) -> Tensor: ...
 
 
+class Receive(Protocol):
+    """What the server makes of one client's message before anything else: message → message."""
+
+    def __call__(self, message: Message, /) -> Message: ...
+
+
+class Combine(Protocol):
+    """What the server takes for a cohort's payload in the place of its weighted mean: (rows, weight, total) → [d].
+
+    `rows` [S, d] are the messages of the S clients in the mean, in the cohort's order. A payload's entries are shared
+    out over the ranks, so that none holds all of them for all clients: d of them lie on this one. `weight` [S] > 0, in
+    float64. `total` sums a tensor over the ranks, for what concerns whole messages, such as their distances [S, S].
+    """
+
+    def __call__(self, rows: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], /) -> Tensor: ...
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. Every function is pure, and every array may carry a vmap axis."""
 
@@ -105,6 +122,8 @@ class Algorithm(NamedTuple):
     client_update: ClientUpdate
     server_update: ServerUpdate
     everyone: AsksEveryone | None = None  # None: never
+    receive: Receive | None = None  # None: a message counts as it was sent
+    combine: Combine | None = None  # None: the weighted mean, which needs no message to be kept
 
 
 def stateless(x: Tensor, /) -> Tree:

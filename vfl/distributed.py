@@ -36,6 +36,16 @@ class Ranks(NamedTuple):
                 dist.all_reduce(flat)
         return flat
 
+    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """parts[r], flat, goes to rank r; from rank r come sizes[r] entries. All of one dtype."""
+        if self.world == 1:
+            return parts
+        sent = torch.cat(parts)
+        received = sent.new_empty(sum(sizes))
+        with _together():
+            dist.all_to_all_single(received, sent, sizes, [len(part) for part in parts])
+        return list(received.split(sizes))
+
     def gather(self, rows: Tensor, device: torch.device) -> list[Tensor]:
         """Every rank's rows [R, ...], on the host of the first rank; empty on the others. `device` is the ranks'."""
         if self.world == 1:

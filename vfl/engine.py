@@ -27,6 +27,7 @@ from vfl.draws import marks, squared_norms
 from vfl.errors import DivergedError, UsageError
 from vfl.execute import Problem, Shared
 from vfl.executor import Executor, Round
+from vfl.gather import combined
 from vfl.local import Work, keep_where
 from vfl.profiling import Clock
 from vfl.queue import Clients, Queue
@@ -193,14 +194,17 @@ class Engine:
         bad = (counts > 0) & ~finite
         if bad.any() and not self.drop:
             raise DivergedError(state.round + 1, np.unique(ids[bad]).tolist())
-        server, reported = state.server, {}
-        if received.mean is not None:
+        server, mean, reported = state.server, received.mean, {}
+        like = self.executor.layout(played)
+        if mean is not None and like is not None and self.algorithm.combine is not None:
+            with self.clock("reduction"):
+                combining = self.algorithm.combine, like, played.messages, received.finite, self.ranks, self.device
+                mean = mean._replace(payload=combined(*combining))
+        if mean is not None:
             with self.clock("server"):
-                stepped, reported = each(self.algorithm.server_update)(
-                    server, received.mean, server_key.to(self.device)
-                )
+                stepped, reported = each(self.algorithm.server_update)(server, mean, server_key.to(self.device))
                 # A replica without any weight has no step; alone, it would not be here.
-                weight = received.mean.weight
+                weight = mean.weight
                 server = stepped if self.replicas is None else vmap(keep_where)(weight > 0, stepped, server)
             if not bool(torch.isfinite(server.x.sum())):
                 raise DivergedError(state.round + 1, [])

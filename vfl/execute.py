@@ -75,6 +75,7 @@ class Added(NamedTuple):
     sums: Sums  # with its messages added
     report: Tensor  # [C, len(REPORT)]
     clients: Tree  # new client states [C, ...]
+    messages: Tree  # their payloads [C, ...] and weights [C] where the algorithm combines them itself, else ()
 
 
 def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -> Results:
@@ -86,6 +87,8 @@ def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -
     )  # fmt: skip
     key = random.fold_in(mine.key, 2)
     message, client, metrics = problem.algorithm.client_update(shared.sent, mine.client, batches, key)
+    if problem.algorithm.receive is not None:
+        message = problem.algorithm.receive(message)
     return message._replace(weight=message.weight * mine.factor), client, metrics
 
 
@@ -150,6 +153,12 @@ def add_all(problem: Problem, sums: Sums, results: Results, *, fused: bool = Fal
     return torch.func.vmap(lambda s, r: add(s, r, problem.drop, fused))(sums, results)
 
 
+def kept(problem: Problem, results: Results) -> Tree:
+    """What is kept of the chunk's messages until the cohort is complete."""
+    message = results[0]
+    return (message.payload, message.weight) if problem.algorithm.combine is not None else ()
+
+
 class Compiler:
     """Compiled programs by chunk shape, each of a chunk's whole work: clients, weighted sums and reports.
 
@@ -182,7 +191,8 @@ class Compiler:
                 results = tree_map(lambda leaf: leaf[None], one_client(self.problem, bounds, shared, mine))
             else:
                 results = by_vmap(self.problem, bounds, shared, inputs)
-            done, structure = pytree.tree_flatten(Added(*add_all(self.problem, sums, results, fused=True), results[1]))
+            added = Added(*add_all(self.problem, sums, results, fused=True), results[1], kept(self.problem, results))
+            done, structure = pytree.tree_flatten(added)
             result[:] = [structure]
             return done
 

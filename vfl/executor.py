@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
-from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap
+from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
 from vfl.queue import Queue, Slice
 from vfl.reduce import Layout, Results, Sums, layout, zeros
 from vfl.tuning import Execution, Mode, Tuner
@@ -32,6 +32,7 @@ class Round:
         self.sums: Sums | None = None
         self.reports: list[tuple[np.ndarray, Tensor]] = []  # positions in the cohort [C], their reports [C, ...]
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
+        self.messages: list[tuple[np.ndarray, Tree]] = []  # positions, payloads and weights where they are combined
         self.chunk = 0  # the largest
 
 
@@ -113,6 +114,8 @@ class Executor:
         round.sums = added.sums
         round.reports.append((now.now, added.report))
         round.states.append((now.now, _to(added.clients, self.place)))
+        if added.messages:
+            round.messages.append((now.now, _to(added.messages, self.place)))
         round.chunk = max(round.chunk, now.clients)
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
@@ -135,7 +138,7 @@ class Executor:
                 log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
         mode, results = self._eager(mode, now, shared, round)
         sums, report = add_all(self.problem, round.sums or self.no_sums(round), results)
-        return mode, Added(sums, report, results[1])
+        return mode, Added(sums, report, results[1], kept(self.problem, results))
 
     def _eager(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Results]:
         if mode == "loop":

@@ -106,7 +106,10 @@ def over_grid(
         inner, reported = at(server.values).server_update(server.inner, mean, key)
         return Varied(inner, server.values), reported
 
-    return Algorithm(init_server, plain.init_client, broadcast, client_update, server_update)
+    return Algorithm(
+        init_server, plain.init_client, broadcast, client_update, server_update,
+        receive=plain.receive, combine=plain.combine,
+    )  # fmt: skip
 
 
 def with_values(server: Varied, settings: Sequence[Mapping[str, float]]) -> Varied:

@@ -16,6 +16,7 @@ from vfl.compressors import Compressor, compressor
 from vfl.errors import UsageError
 from vfl.local import Batches, Direction, descend, float_bits
 from vfl.optimizers import Optimizer, optimizer
+from vfl.robust import Aggregator, aggregator, mean
 from vfl.schedules import Schedule, schedule
 from vfl.task import Task
 
@@ -61,9 +62,13 @@ class LocalTraining:
     """How clients compress what they send: identity, top_k:5%, natural, ... (see `vfl list compressors`)."""
     downlink: str = "identity"
     """How the server compresses what it sends, without memory (see compressor)."""
+    aggregator: str = "mean"
+    """What the server makes of the messages: mean, median, trimmed_mean:0.1, krum:f=2, ... (`vfl list aggregators`)."""
 
     compresses: ClassVar[bool] = False
     """Whether the algorithm sends by way of its trainer, which compresses; others refuse these two options."""
+    aggregates: ClassVar[bool] = False
+    """Whether clients send changes of vectors, of which other averages make sense; others refuse an aggregator."""
 
     def __post_init__(self) -> None:
         for name in ("local_lr", "server_lr"):
@@ -85,6 +90,11 @@ class LocalTraining:
                     f"{type(self).__name__.lower()} does not compress what it sends: compressor and downlink must be "
                     f"{IDENTITY}, not {spec!r}"
                 )
+        if aggregator(self.aggregator) != mean() and not self.aggregates:
+            raise UsageError(
+                f"{type(self).__name__.lower()} needs the weighted mean of its messages: aggregator must be mean, "
+                f"not {self.aggregator!r}"
+            )
 
     def trainer(self, task: Task) -> Trainer:
         """These options at work on a task."""
@@ -97,6 +107,7 @@ class LocalTraining:
             schedule(self.server_schedule),
             compressor(self.compressor, task.shapes, task.x.dtype),
             compressor(self.downlink, task.shapes, task.x.dtype),
+            aggregator(self.aggregator),
         )
 
 
@@ -111,6 +122,7 @@ class Trainer(NamedTuple):
     server_schedule: Schedule
     compressor: Compressor
     downlink: Compressor
+    aggregator: Aggregator
 
     def broadcast(self, x: Tensor, t: Tensor, key: Tensor | None = None) -> Broadcast:
         """Sends the model x [D] with the step size of round t []; the model alone counts as downlink.

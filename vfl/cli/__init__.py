@@ -18,7 +18,7 @@ vfl: federated-learning simulation
   vfl run ALGORITHM --help      what its options mean
   vfl list [KIND]               what there is: algorithms, models, data,
                                 partitions, samplers, optimizers, schedules,
-                                regularizers, compressors
+                                regularizers, compressors, aggregators
   vfl show RUN [RUN ...]        what a run's folder holds; several are compared
   vfl data get NAME             download a data set
   vfl data show NAME            how a data set is dealt to clients: table, plot

@@ -16,6 +16,7 @@ from vfl.errors import UsageError
 from vfl.models import MODELS
 from vfl.optimizers import OPTIMIZERS
 from vfl.regularizers import REGULARIZERS
+from vfl.robust import AGGREGATORS
 from vfl.samplers import SAMPLERS
 from vfl.schedules import SCHEDULES
 from vfl.spec import describe
@@ -32,6 +33,7 @@ Kind = Literal[
     "schedules",
     "regularizers",
     "compressors",
+    "aggregators",
 ]
 
 TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
@@ -43,6 +45,7 @@ TABLES: dict[Kind, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "schedules": ("--local-schedule, --server-schedule; a + joins two", SCHEDULES),
     "regularizers": ("--regularizer", REGULARIZERS),
     "compressors": ("--compressor, --downlink; compose(C1,C2), switch(C1:p1,C2:p2)", COMPRESSORS),
+    "aggregators": ("--aggregator", AGGREGATORS),
 }
 
 
@@ -51,8 +54,8 @@ class List:
     """Lists what a run can be made of, and how to write it."""
 
     kind: Annotated[Kind, tyro.conf.Positional, tyro.conf.arg(metavar="[KIND]")] = "all"
-    """What to list: all, algorithms, models, data, partitions, samplers, optimizers, schedules, regularizers or
-    compressors."""
+    """What to list: all, algorithms, models, data, partitions, samplers, optimizers, schedules, regularizers,
+    compressors or aggregators."""
 
     def run(self) -> None:
         """Prints the tables."""
