@@ -31,6 +31,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
     "scaffnew": [{"p": 0.5}],  # in 3 rounds of seed 3, two communicate
     "gradskip": [{"p": 0.5, "q": 0.5}],  # and some clients rest
     "qfedavg": [{}, {"q": 0.5, "lipschitz": 4.0}],
+    "dga": [{}, {"statistic": "variance", "beta": 20.0}],
     "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }
 

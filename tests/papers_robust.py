@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from helpers import SIZES, Numbers
-from papers import ROUNDS, Array, Cohorts, local_model
+from papers import ROUNDS, Array, Cohorts, gradient, local_model
+from papers_local import mean_loss
 
 BITS = 64  # of a number
 
@@ -89,7 +90,40 @@ def nearest_the_optimum(rows: Array, weight: Array, z: Array) -> bool:
     return all(cost(z) <= cost(z + size * direction) + 1e-12 for size, direction in steps)
 
 
+def dga(
+    config: Any,
+    cohort: Cohorts,
+    x: Array,
+    rounds: int = ROUNDS,
+    gradient: Callable[[Array, Array], Array] = gradient,
+) -> Numbers:
+    """Dimitriadis et al. 2106.07578: softmax of −β s over the cohort, s as FLUTE's sufficient statistics define it."""
+    up = down = 0
+    last = 0.0
+    for t in range(rounds):
+        clients = cohort(t)
+        working = {i: batches for i, batches in clients.items() if batches}
+        changes, s = [], []
+        for batches in working.values():
+            y, losses, visited, gradients = x, 0.0, 0, []
+            for rows in batches:
+                losses, visited = losses + mean_loss(y, rows) * len(rows), visited + len(rows)
+                gradients.append(gradient(y, rows))
+                y = y - config.local_lr * gradients[-1]
+            entries = np.concatenate(gradients) if config.gradient == "steps" else x - y
+            of = {"variance": np.var, "mean": np.mean, "rms": lambda g: np.sqrt(np.mean(g**2))}
+            s.append(losses / visited if config.statistic == "loss" else of[config.statistic](entries))
+            changes.append(y - x)
+        e = np.exp(-config.beta * (np.array(s) - min(s)))
+        weight = e / e.sum()
+        x, last = x + weight @ np.stack(changes), weight @ s
+        up, down = up + len(working) * (x.size + 1) * BITS, down + len(clients) * x.size * BITS
+    return {"server.x": x, "server.t": rounds, "server.s": last, "client.ids": [], "bits_up": up, "bits_down": down}
+
+
 REFERENCES = {
+    "dga": dga,
+    "dga-statistic=variance-beta=20.0": dga,
     "fedavg-aggregator=geometric_median:iterations=3": lambda config, cohort, x: aggregated(
         config, cohort, x, RULES[config.aggregator]
     ),
