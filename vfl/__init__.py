@@ -8,6 +8,8 @@ from vfl.base import (
     Mean,
     Message,
     Metrics,
+    Model,
+    Personal,
     Receive,
     Tree,
     leaves,
@@ -22,6 +24,7 @@ from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import evaluate, evaluate_clients, objective
 from vfl.local import Batches, Work, descend, float_bits, full_gradient, message
 from vfl.optimizers import Optimizer, clip_norm, optimizer
+from vfl.personal import FineTuning, evaluate_personal
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
 from vfl.replicas import Replication
@@ -51,13 +54,16 @@ __all__ = [
     "DivergedError",
     "Engine",
     "Evaluation",
+    "FineTuning",
     "LinearProblem",
     "LocalTraining",
     "Mean",
     "Message",
     "Metrics",
+    "Model",
     "ModelAndRate",
     "Optimizer",
+    "Personal",
     "Ranks",
     "Receive",
     "Regularizer",
@@ -85,6 +91,7 @@ __all__ = [
     "descend",
     "evaluate",
     "evaluate_clients",
+    "evaluate_personal",
     "float_bits",
     "full_gradient",
     "launched",

@@ -1,6 +1,6 @@
 """The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
 
-An algorithm is five pure functions, and three more that few need. What a client may know of the server is what
+An algorithm is five pure functions, and four more that few need. What a client may know of the server is what
 `broadcast` sends. `client_update` is written for one client; the engine maps it over a chunk with `torch.func.vmap`,
 sums the weighted messages over chunks and ranks, and hands their mean to `server_update`.
 """
@@ -113,6 +113,29 @@ class Combine(Protocol):
     def __call__(self, rows: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], /) -> Tensor: ...
 
 
+class Model(NamedTuple):
+    """A model and what its module remembers beside the parameters."""
+
+    x: Tensor  # [D]
+    buffers: tuple[Tensor, ...]
+
+
+class PersonalModel(Protocol):
+    """The model that a client would use now: (server, client state, minibatches of its training data) → model.
+
+    The minibatches bring the module's global buffers along.
+    """
+
+    def __call__(self, server: Any, client: Tree, batches: Batches, /) -> Model: ...
+
+
+class Personal(NamedTuple):
+    """Clients have models of their own, which `vfl.evaluate_personal` measures on each client's own data."""
+
+    model: PersonalModel
+    steps: int = 0  # minibatches that the model takes to make; 0: it follows from the states
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. Every function is pure, and every array may carry a vmap axis."""
 
@@ -124,11 +147,30 @@ class Algorithm(NamedTuple):
     everyone: AsksEveryone | None = None  # None: never
     receive: Receive | None = None  # None: a message counts as it was sent
     combine: Combine | None = None  # None: the weighted mean, which needs no message to be kept
+    personal: Personal | None = None  # None: the server's model is everyone's
 
 
 def stateless(x: Tensor, /) -> Tree:
     """`init_client` of an algorithm whose clients remember nothing."""
     return ()
+
+
+def with_model(server: Any, x: Tensor) -> Any:
+    """The server's state with another model x [D]; what wraps an algorithm holds its server in a field `inner`."""
+    if "x" in server._fields:
+        return server._replace(x=x)
+    return server._replace(inner=with_model(server.inner, x))
+
+
+def of_inner(personal: Personal | None) -> Personal | None:
+    """Clients' own models for a wrapped algorithm: their server's state is the field `inner` of the wrapper's."""
+    if personal is None:
+        return None
+
+    def model(server: Any, client: Tree, batches: Batches) -> Model:
+        return personal.model(server.inner, client, batches)
+
+    return personal._replace(model=model)
 
 
 def leaves(tree: Tree) -> list[Tensor]:

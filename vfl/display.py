@@ -242,7 +242,7 @@ def _quality(tally: Tally) -> dict[str, str]:
             facts[f"best {name.replace('_', ' ')}"] = f"{number(best.value)} @{best.round}"
     for name, value in tally.last.items():
         own = isinstance(value, float) and name not in tally.scores and name not in TOTALS  # the algorithm's own
-        if own and not name.startswith("client_"):  # the spreads over clients are too many
+        if own and not name.startswith(("client_", "personal_")):  # the spreads over clients are too many
             facts[name.replace("_", " ")] = number(value)
     return facts
 

@@ -47,7 +47,7 @@ def evaluate(
     for rows in _batches(len(examples.y), ranks):
         for name, values in _values(task, x, buffers, examples.x[rows], examples.y[rows], transform).items():
             sums[name] = sums.get(name, 0) + values.sum(dtype=torch.float64)
-    names = _metric_names(task, x, buffers, examples, transform)
+    names = metric_names(task, x, buffers, examples, transform)
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     total = ranks.all_reduce(torch.stack([sums.get(name, zero) for name in names]))
     count = len(examples.y) or float("nan")  # a mean over nothing is no number
@@ -66,7 +66,7 @@ def evaluate_clients(
 
     One model for all needs no client axis: every example is evaluated once, and summed into its client.
     """
-    names = _metric_names(task, x, buffers, Examples(packed.x, packed.y), transform)
+    names = metric_names(task, x, buffers, Examples(packed.x, packed.y), transform)
     sums = torch.zeros(len(names), packed.population, dtype=torch.float64, device=x.device)
     offsets = torch.from_numpy(packed.offsets)
     for rows in _batches(len(packed.y), ranks):
@@ -76,7 +76,7 @@ def evaluate_clients(
             row.index_add_(0, owner, values[name].to(torch.float64))
     sizes = np.diff(packed.offsets)
     per_client = ranks.all_reduce(sums).cpu().numpy()[:, sizes > 0] / sizes[sizes > 0]
-    return {name: _spread(name, row) for name, row in zip(names, per_client, strict=True)}
+    return {name: spread(name, row) for name, row in zip(names, per_client, strict=True)}
 
 
 def objective(
@@ -138,7 +138,8 @@ def measure(
     return {name: found[name] for name in names}
 
 
-def _spread(name: str, values: np.ndarray) -> PerClient:
+def spread(name: str, values: np.ndarray) -> PerClient:
+    """How a metric's values [N] spread over the clients."""
     if not len(values):
         return PerClient(*[float("nan")] * 4)
     bad_is_high = name == "loss"
@@ -167,7 +168,8 @@ def _batch(x: Tensor, inputs: Tensor, targets: Tensor, transform: Transform) -> 
     return Batch(transform(inputs.to(x.device), x.dtype), y, mask, key)
 
 
-def _metric_names(
+def metric_names(
     task: Task, x: Tensor, buffers: tuple[Tensor, ...], examples: Examples, transform: Transform
 ) -> list[str]:
+    """What is evaluated, in order; the first of the examples tells, where there is one."""
     return list(_values(task, x, buffers, examples.x[:1], examples.y[:1], transform))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, of_inner
 from vfl.errors import UsageError
 from vfl.local import Batches
 from vfl.training import AlgorithmConfig
@@ -108,7 +108,7 @@ def over_grid(
 
     return Algorithm(
         init_server, plain.init_client, broadcast, client_update, server_update,
-        receive=plain.receive, combine=plain.combine,
+        receive=plain.receive, combine=plain.combine, personal=of_inner(plain.personal),
     )  # fmt: skip
 
 

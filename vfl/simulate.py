@@ -15,6 +15,7 @@ from vfl.distributed import Ranks
 from vfl.engine import Engine, RoundMetrics, State
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
 from vfl.local import BatchSize, Draw, Reshuffle, Work
+from vfl.personal import evaluate_personal
 from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
@@ -65,7 +66,8 @@ def rounds(
     by default their inputs' squared norms. `wrappers` change the algorithm, the first
     one innermost. Metrics, by name: `round`; `train_loss` (mean over the
     examples that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
-    `evaluation`; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
+    `evaluation`; `client_test_accuracy_mean` and the like over the clients, `personal_…` for their own models;
+    `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
     `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
     evaluation; `memory` where evaluated and the system tells: the most bytes in use, on a GPU since it was last
     reported, else by the process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the
@@ -132,9 +134,14 @@ def play(
         with engine.clock("evaluation"):
             if engine.replicas is None:
                 found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
+                found |= personal_scores(engine, state, evaluation, last)
             else:
                 each = [state.replica(r) for r in range(len(engine.replicas.settings()))]
-                found = stacked([scores(engine.task, engine.data, one, evaluation, last) for one in each])
+                found = stacked([
+                    scores(engine.task, engine.data, one, evaluation, last)
+                    | personal_scores(engine, one, evaluation, last)
+                    for one in each
+                ])  # fmt: skip
         metrics |= {name: seconds for name, seconds in engine.clock.read().items() if seconds}
         # Asking for it takes a tenth of a millisecond, so only where an evaluation takes its time anyway.
         if _due(evaluation.every, state, last) and (peak := memory.peak()) is not None:
@@ -177,6 +184,18 @@ def scores(
         for name, spread in spreads.items():
             found |= {f"client_{split}_{name}_{part}": value for part, value in spread._asdict().items()}
     return found
+
+
+def personal_scores(engine: Engine, state: State, when: Evaluation, last: bool) -> dict[str, float]:
+    """As the clients' scores that are due after this round, of each client's own model where the algorithm has such."""
+    if engine.algorithm.personal is None or not _due(when.clients_every, state, last):
+        return {}
+    split = "train" if engine.data.held_out is None else "test"
+    return {
+        f"personal_{split}_{name}_{part}": value
+        for name, values in evaluate_personal(engine, state).items()
+        for part, value in values._asdict().items()
+    }
 
 
 def _due(every: int, state: State, last: bool) -> bool:
