@@ -46,13 +46,13 @@ class Work(NamedTuple):
 class Moments(NamedTuple):
     """Sums over the entries of some gradients."""
 
-    count: Tensor  # []
+    entries: Tensor  # []
     first: Tensor  # [] Σ g
     second: Tensor  # [] Σ g²
 
     def statistic(self, name: str) -> Tensor:
         """The variance, mean or rms [] over the entries."""
-        mean, square = self.first / self.count, self.second / self.count
+        mean, square = self.first / self.entries, self.second / self.entries
         if name == "mean":
             return mean
         return square.sqrt() if name == "rms" else (square - mean.square()).clamp(min=0)
@@ -101,7 +101,7 @@ class DGA(vfl.LocalTraining):
             y, moments, metrics = observed(trainer, sent.model, batches)
             if self.gradient == "pseudo":
                 g = x - y
-                moments = Moments(torch.full_like(moments.count, g.numel()), g.sum(), g.square().sum())
+                moments = Moments(torch.full_like(moments.entries, g.numel()), g.sum(), g.square().sum())
             s = metrics.loss / metrics.examples if self.statistic == "loss" else moments.statistic(self.statistic)
             # A softmax does not care for a constant; from the last cohort's mean on, exponents stay small.
             exponent = (-self.beta * (s - sent.s)).clamp(-_MOST, _MOST)
@@ -130,5 +130,5 @@ def observed(trainer: vfl.Trainer, sent: vfl.ModelAndRate, batches: vfl.Batches)
     carrying = batches._replace(buffers=(*batches.buffers, zero, zero))
     y, metrics = vfl.descend(grad_fn, sent.x, carrying, trainer.local, sent.lr)
     *buffers, first, second = metrics.buffers
-    count = (batches.steps * sent.x.numel()).to(first.dtype)
-    return y, Moments(count, first, second), metrics._replace(buffers=tuple(buffers))
+    entries = (batches.steps * sent.x.numel()).to(first.dtype)
+    return y, Moments(entries, first, second), metrics._replace(buffers=tuple(buffers))
