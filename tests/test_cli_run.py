@@ -486,6 +486,7 @@ BAD = [
     ("fedavg --validation 1", "--validation is a fraction from 0 to below 1, not 1.0"),
     ("fedavg --validation nan", "--validation is a fraction from 0 to below 1, not nan"),
     ("fedavg --held-out -0.1", "--held-out is a fraction from 0 to below 1, not -0.1"),
+    ("fedavg --corrupt-labels 1.1", "--corrupt-labels is a fraction from 0 to 1, not 1.1"),
     ("fedavg --chunk 0", "chunk must be 'auto' or a whole number of clients from 1, not '0'"),
     ("fedavg --chunk many", "chunk must be 'auto' or a whole number of clients from 1, not 'many'"),
     # choices

@@ -1,6 +1,7 @@
 """vfl: a functional, vectorized federated-learning simulator."""
 
 from vfl import data, models, random
+from vfl.adversaries import adversaries, corrupt_labels, sign_flipping
 from vfl.base import (
     Algorithm,
     Broadcast,
@@ -81,11 +82,13 @@ __all__ = [
     "UsageError",
     "Work",
     "accuracy",
+    "adversaries",
     "aggregator",
     "binary_accuracy",
     "by_theory",
     "clip_norm",
     "compressor",
+    "corrupt_labels",
     "cross_entropy",
     "data",
     "descend",
@@ -107,6 +110,7 @@ __all__ = [
     "rounds",
     "sampler",
     "schedule",
+    "sign_flipping",
     "simulate",
     "smoothness",
     "solution",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vfl.adversaries import corrupt_labels
 from vfl.cli.options import Call, RunOptions
 from vfl.data import FederatedData, federated
 from vfl.distributed import Ranks
@@ -45,6 +46,8 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
         options.data, partition=options.partition, clients=options.clients, seed=data_seed, root=options.data_root,
         validation=options.validation, held_out=options.held_out,
     )  # fmt: skip
+    if options.corrupt_labels:
+        data = corrupt_labels(data, options.corrupt_labels, data_seed)
     if options.model == "auto":  # the configuration names the model that was trained
         options = dataclasses.replace(options, model=data.model)
         call = call._replace(options=options)

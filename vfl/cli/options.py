@@ -44,6 +44,8 @@ class RunOptions:
     """Fraction of the training examples set aside as the global validation set."""
     held_out: float = 0.0
     """Fraction of each client's examples set aside as its own test examples."""
+    corrupt_labels: float = 0.0
+    """Fraction of the clients whose training labels are shuffled among their examples."""
     model: str = "auto"
     """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, resnet18, char_lstm, char_gru, or your
     own as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and
@@ -134,6 +136,8 @@ class RunOptions:
             value = getattr(self, name)
             if not (0 <= value < 1 and math.isfinite(value)):
                 raise UsageError(f"{flag(name)} is a fraction from 0 to below 1, not {value}")
+        if not 0 <= self.corrupt_labels <= 1:
+            raise UsageError(f"--corrupt-labels is a fraction from 0 to 1, not {self.corrupt_labels}")
         if self.resume and self.overwrite:
             raise UsageError("--resume keeps the run in --out and --overwrite replaces it; give one of them")
         self.work().check()
