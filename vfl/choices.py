@@ -1,14 +1,19 @@
-"""What earlier runs have measured about speed, in a small file of the user's cache folder."""
+"""What earlier runs have measured about speed, in small files of the user's cache folder: one for a kind of choice."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import platform
 import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 log = logging.getLogger("vfl")
 
@@ -30,7 +35,7 @@ def folder() -> Path:
 def recall(name: str) -> Choice | None:
     """What is known about this kind of work; None: nothing, or nothing that can be read."""
     try:
-        entry = _entries()[name]
+        entry = _entries("executions")[name]
         chunk, rates, seconds = int(entry["chunk"]), dict(entry["rates"]), entry["compile_seconds"]
         return Choice(chunk, {m: float(r) for m, r in rates.items()}, None if seconds is None else float(seconds))
     except (KeyError, TypeError, ValueError):
@@ -38,22 +43,60 @@ def recall(name: str) -> Choice | None:
 
 
 def remember(name: str, choice: Choice) -> None:
-    """Writes down what was measured; where the folder cannot be written, the next run measures again."""
+    """Writes down what was measured."""
+    _note("executions", name, choice._asdict())
+
+
+def known(kind: str, name: str, ways: Collection[str]) -> str | None:
+    """Which of the ways to do what `name` describes is the fastest, by earlier timings; None: none that can be read."""
+    try:
+        seconds = {way: float(s) for way, s in _entries(kind)[name].items() if way in ways}
+        return min(seconds, key=seconds.__getitem__)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def fastest(kind: str, name: str, ways: Collection[str], measure: Callable[[], Mapping[str, float]]) -> str:
+    """The same, where `measure` gives the ways' seconds if nothing is known; they are kept for later runs."""
+    if (way := known(kind, name, ways)) is not None:
+        return way
+    seconds = dict(measure())
+    _note(kind, name, seconds)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def machine(device: torch.device) -> str:
+    """What timings on a device are good for: its model, the threads that share the work, and torch's version."""
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _note(kind: str, name: str, entry: Any) -> None:
+    """Adds an entry; where the folder cannot be written, the next run measures again."""
     with contextlib.suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)
-        entries = _entries() | {name: choice._asdict()}
+        entries = _entries(kind) | {name: entry}
         with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False) as file:
             json.dump(entries, file, indent=1)
-        Path(file.name).replace(_file())  # whole or not at all, whoever else writes
+        Path(file.name).replace(_file(kind))  # whole or not at all, whoever else writes
 
 
-def _file() -> Path:
-    return folder() / "executions.json"
+def _file(kind: str) -> Path:
+    return folder() / f"{kind}.json"
 
 
-def _entries() -> dict[str, Any]:
+def _entries(kind: str) -> dict[str, Any]:
     try:
-        entries = json.loads(_file().read_text())
+        entries = json.loads(_file(kind).read_text())
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -3,6 +3,7 @@
 Two read what their torch originals lack from a buffer that the task swaps in for one call: batch norm the mask of the
 real examples (padding must not enter the statistics), dropout a random key (so that a client draws the same noise in
 any chunk and on any rank). Recurrent layers (`vfl.recurrence`) are written out, since vmap has no rule for torch's.
+Convolutions (`vfl.convolution`) stay what they are, but choose how many clients' are computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfl import random
+from vfl.convolution import Wanted, choose_formulation
 from vfl.recurrence import FunctionalRNN
 
 
@@ -78,8 +80,11 @@ class KeyedDropout(nn.Module):
         return x * keep / (1 - self.p)
 
 
-def functionalize(module: nn.Module) -> nn.Module:
-    """The module with every batch norm, dropout and recurrent layer replaced, in place; the new one when it is one."""
+def functionalize(module: nn.Module, convolution: Wanted = "auto") -> nn.Module:
+    """The module with every batch norm, dropout and recurrent layer replaced, in place; the new one when it is one.
+
+    Its convolutions compute many clients by `convolution`.
+    """
     swapped: dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one
     count = 0
 
@@ -98,6 +103,8 @@ def functionalize(module: nn.Module) -> nn.Module:
         elif isinstance(layer, nn.RNNBase) and FunctionalRNN.takes(layer):
             count += 1
             swapped[layer] = FunctionalRNN(layer, KeyedDropout(layer.dropout, False, count))
+        elif isinstance(layer, nn.modules.conv._ConvNd):
+            choose_formulation(layer, convolution)
         else:
             for name, child in layer._modules.items():  # named_children would leave out the second place
                 if child is not None:

@@ -13,7 +13,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.func import grad
 from torch.nn import functional
 
-from vfl.errors import UsageError
+from vfl.convolution import Wanted
+from vfl.errors import UsageError, unknown
+from vfl.formulations import FORMULATIONS
 from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
 from vfl.slots import Stateless
 
@@ -124,6 +126,7 @@ def task(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
+    convolution: Wanted = "auto",
 ) -> Task:
     """A task from any module and any loss; the module itself is copied and left alone.
 
@@ -132,14 +135,19 @@ def task(
     loss and gradient of any minibatch, of a client's and of a test set's loss: once, however many examples there are.
     With `compute`, such as torch.bfloat16, the layers that gain by it compute in that dtype (`torch.autocast`), while
     parameters, gradients, losses and all sums stay in `dtype`.
+    `convolution` says how convolutions with weights of each client's own are computed, which changes nothing but the
+    speed: `each` by one call of the library a client, `grouped` by one for all, `unfold` by a matrix product over
+    unfolded inputs, `auto` by whichever is fastest here, which is timed once for every shape.
     Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
-    draws from the batch's key. Raises UsageError for a module with nothing to train, and `grad_fn` and `evaluate` raise
-    it for a loss or a metric that is not one value an example.
+    draws from the batch's key. Raises UsageError for a module with nothing to train and an unknown `convolution`, and
+    `grad_fn` and `evaluate` raise it for a loss or a metric that is not one value an example.
     """
+    if convolution not in (known := ("auto", *FORMULATIONS)):
+        raise unknown("convolution", convolution, known)
     if metrics is None:
         known = accuracy if loss is cross_entropy else binary_accuracy if loss is logistic else None
         metrics = {"accuracy": known} if known else {}
-    module = functionalize(copy.deepcopy(module)).to(device, dtype).train()
+    module = functionalize(copy.deepcopy(module), convolution).to(device, dtype).train()
     frozen = copy.deepcopy(module).eval()
     trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not trained:

@@ -1,0 +1,108 @@
+"""Which of the `FORMULATIONS` of a convolution is the fastest here: each shape is timed once on a machine.
+
+Letters as in `vfl.formulations`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from vfl import choices
+from vfl.formulations import FORMULATIONS, Geometry, Product
+
+log = logging.getLogger("vfl")
+
+KIND = "convolutions"
+FEWEST, MOST = 2, 8  # clients that are timed: what is fastest for so many is so for more
+WORK = 2**31  # multiplications to time: large convolutions are timed with fewer clients
+TRIES = 3  # timings after one that warms up
+HOPELESS = 3.0  # who needs so many times the best time to warm up is not timed
+
+
+class Case(NamedTuple):
+    """What timings are good for."""
+
+    which: Product
+    geometry: Geometry
+    a: tuple[int, ...]  # the first factor's shape
+    b: tuple[int, ...]
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """The same as text, with the machine."""
+        numbers = " ".join(f"{name}={value}" for name, value in vars(self.geometry).items())
+        shapes = f"{[*self.a]} {[*self.b]}{' with bias' * self.bias} {self.dtype}"
+        return f"{self.which} {shapes} {numbers} on {choices.machine(self.device)}".replace("torch.", "")
+
+
+def fastest(which: Product, geometry: Geometry, a: Tensor, b: Tensor, bias: Tensor | None) -> str:
+    """The name of the formulation to take for such factors, of C clients each."""
+    if len(a) == 1:
+        return "each"
+    # Each output is I/G · k products, and the derivatives take as many.
+    w = a.shape[2] * b.shape[2] // geometry.groups * math.prod(geometry.kernel)
+    each = a.shape[1] * math.prod(geometry.outputs) * (w if which == "weights" else math.prod(b.shape[1:]))
+    C = min(len(a), max(FEWEST, min(WORK // max(each, 1), MOST)))
+    case = Case(which, geometry, (C, *a.shape[1:]), (C, *b.shape[1:]), bias is not None, a.dtype, a.device,
+                torch.get_num_threads())  # fmt: skip
+    if isinstance(a, FakeTensor):  # a program that is made without data: there is nothing to time
+        return choices.known(KIND, case.name, FORMULATIONS) or ("each" if a.device.type == "cpu" else "grouped")
+    return _fastest(case)
+
+
+@functools.cache
+def _fastest(case: Case) -> str:
+    """By timings of this run or an earlier one."""
+    return choices.fastest(KIND, case.name, FORMULATIONS, lambda: _measure(case))
+
+
+def _measure(case: Case) -> dict[str, float]:
+    """Seconds of every formulation that can compute the case."""
+    seconds: dict[str, float] = {}
+    with disable_proxy_modes_tracing():  # a program that is being traced is not to repeat this
+        a, b = (torch.ones(shape, dtype=case.dtype, device=case.device) for shape in (case.a, case.b))
+        bias = b.flatten(2)[:, :, 0] if case.bias else None
+        for name, formulation in FORMULATIONS.items():
+            best = min(seconds.values(), default=math.inf)
+            try:
+                seconds[name] = _seconds(
+                    lambda by=formulation: by.product(case.which, case.geometry, a, b, bias), case.device, best
+                )
+            except RuntimeError as error:
+                if name == "each":
+                    raise
+                log.info("convolution %s cannot be used here (%s)", name, str(error).strip().splitlines()[0])
+    return seconds
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device, best: float) -> float:
+    """The least time of a few calls; of one where that is far above the best."""
+    # What other programs do on this processor is no part of it, as far as that can be told.
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    times: list[float] = []
+    while len(times) <= TRIES and not (times and times[0] > HOPELESS * best):
+        _wait(device)
+        started = clock()
+        call()
+        _wait(device)
+        times.append(clock() - started)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
