@@ -5,12 +5,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, assert_same, every_algorithm, federated, regression, run
+from helpers import ALGORITHMS, CLASSES, assert_same, every_algorithm, federated, make_task, regression, run
+from torch import nn
 
 import vfl
 from vfl import choices, execute
 from vfl.chunks import ChunkSize
-from vfl.tuning import SEEN, TRIES, Tuner
+from vfl.operators import Operators, TooManyOperatorsError
+from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner
 
 CPU = torch.device("cpu")
 OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
@@ -75,15 +77,18 @@ def played(tuner: Tuner, seconds: dict[str, float], chunks: int = 60) -> list[st
     return modes
 
 
-def tuner(steps_to_come: float) -> Tuner:
+def tuner(steps_to_come: float, operators: int = 1400) -> Tuner:
+    """With a model of so many operators in a chunk of 10 steps."""
     made = Tuner("auto", ChunkSize(4, 1, CPU))
     made.steps_to_come = steps_to_come
+    made.counted(operators, 10)
     return made
 
 
 def named(name: str, steps_to_come: float) -> Tuner:
     made = Tuner("auto", ChunkSize(4, 1, CPU), name)
     made.begin(steps_to_come)
+    made.counted(1400, 10)
     return made
 
 
@@ -119,10 +124,85 @@ def test_auto_does_not_compile_shapes_that_do_not_come_back():
         mode = one.mode()
         assert mode != "compile"
         one.report(mode, n, 40, 10, 1.0 if mode == "vmap" else 3.0)
-    assert not one.wants("a new shape")
+    assert not one.wants("a new shape", 10)
     for _ in range(SEEN):
         one.report(one.mode(), "a shape that does", 40, 10, 1.0)
-    assert one.wants("a shape that does")
+    assert one.wants("a shape that does", 10)
+    assert not one.wants("a shape that does", 10 * MOST_OPERATORS // 1400 + 1)  # its program would be too large
+
+
+def test_auto_does_not_compile_a_program_that_takes_minutes_and_stops_timing():
+    large = tuner(1e9, operators=MOST_OPERATORS + 1)
+    assert "compile" not in played(large, {"loop": 3.0, "vmap": 1.0}, chunks=PATIENCE + TRIES + 1)
+    assert not large.learning
+    assert "compile" in played(tuner(1e9, operators=MOST_OPERATORS), {"loop": 3.0, "vmap": 1.0, "compile": 0.1})
+
+
+def test_auto_does_not_compile_before_it_has_counted():
+    one = Tuner("auto", ChunkSize(4, 1, CPU))
+    one.steps_to_come = 1e9
+    assert one.counting and "compile" not in played(one, {"loop": 3.0, "vmap": 1.0})
+
+
+class Recurrent(nn.Module):
+    """Eight positions of a recurrent layer that autograd differentiates step by step."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.rnn, self.output, self.positions = nn.GRU(1, 2, batch_first=True), nn.Linear(2, CLASSES), positions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, _ = self.rnn(x[:, :1, None].expand(-1, self.positions, -1))
+        return self.output(h[:, -1])
+
+
+def test_operators_are_counted_in_the_first_chunk(monkeypatch):
+    counts = {}
+    for positions in (2, 4, 40):
+        counted: list[int] = []
+        monkeypatch.setattr(Tuner, "counted", _noting(counted))
+        task, options = make_task(Recurrent(positions)), OPTIONS | {"clients_per_round": 6}
+        vfl.simulate(ALGORITHMS["fedavg"], task, federated(), 1, execution="auto", local_steps=1, **options)
+        (counts[positions],) = counted  # in one chunk alone
+    assert counts[40] - counts[4] == 18 * (counts[4] - counts[2]) > 36 * 40  # each position's, forward and backward
+
+
+def test_who_asks_for_a_program_that_takes_minutes_is_warned(caplog):
+    with caplog.at_level(logging.WARNING, "vfl"):
+        for wanted, operators in (("auto", 60_000), ("compile", MOST_OPERATORS), ("compile", 60_000)):
+            Tuner(wanted, ChunkSize(4, 1, CPU)).counted(operators, 10)
+    (record,) = caplog.records
+    assert "60,000 operators may take 25 minutes" in record.getMessage()
+
+
+def _noting(counted: list[int]):
+    original = Tuner.counted
+
+    def noting(self: Tuner, operators: int, depth: int) -> None:
+        counted.append(operators)
+        original(self, operators, depth)
+
+    return noting
+
+
+def test_tracing_ends_at_the_limit(monkeypatch, caplog):
+    """Even where the count was wrong; the run goes on, with the same results."""
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: pytest.fail("the program was traced"))
+    monkeypatch.setattr(Tuner, "most_operators", 50)
+    algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
+    with caplog.at_level(logging.WARNING, "vfl"):
+        found = vfl.simulate(algorithm, task, data, 3, execution="compile", **OPTIONS)
+    (record,) = caplog.records
+    assert "its program would have more than 50 operators" in record.getMessage()
+    assert torch.equal(found.x, vfl.simulate(algorithm, task, data, 3, execution="vmap", **OPTIONS).x)
+
+
+def test_operators_are_those_that_run():
+    with Operators(most=3) as operators, pytest.raises(TooManyOperatorsError, match="more than 3 operators"):
+        x = torch.ones(2)
+        assert operators.count == 1
+        assert x.add(1).mul(2).sum() == 8  # and the comparison is a fifth
+    assert operators.count == 4
 
 
 def test_what_is_asked_for_is_what_runs():
@@ -130,7 +210,7 @@ def test_what_is_asked_for_is_what_runs():
         assert set(played(Tuner(wanted, ChunkSize(4, 1, CPU)), dict.fromkeys(("vmap", "compile", "loop"), 1.0))) == {
             wanted
         }
-    assert Tuner("compile", ChunkSize(4, 1, CPU)).wants("anything")
+    assert Tuner("compile", ChunkSize(4, 1, CPU)).wants("anything", 10**6)
 
 
 def test_round_metrics_say_how_it_ran():

@@ -24,6 +24,7 @@ from vfl.errors import ClientError
 from vfl.leafwise import leafwise
 from vfl.local import Batches
 from vfl.matmul import faster_products
+from vfl.operators import Operators
 from vfl.reduce import Results, Sums, add
 from vfl.task import Weight
 
@@ -172,19 +173,28 @@ class Compiler:
     def __len__(self) -> int:
         return len(self._programs)
 
-    def run(self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums) -> Added:
-        """The chunk by the program for its shape, which the first such chunk compiles."""
+    def run(
+        self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums, most: int | None = None
+    ) -> Added:
+        """The chunk by the program for its shape, which the first such chunk compiles.
+
+        Raises TooManyOperatorsError where that would take more than `most` operators.
+        """
         if signature not in self._programs:
-            self._programs[signature] = self._make(bounds, shared, inputs, sums)
+            self._programs[signature] = self._make(bounds, shared, inputs, sums, most)
         return self._programs[signature](shared, inputs, sums)
 
     def _make(
-        self, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums
+        self, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums, most: int | None
     ) -> Callable[[Shared, Inputs, Sums], Added]:
         flat, arguments = pytree.tree_flatten((shared, inputs, sums))
         result: list[Any] = []
 
         def program(*flat: Tensor) -> list[Tensor]:
+            with Operators(most):
+                return traced(*flat)
+
+        def traced(*flat: Tensor) -> list[Tensor]:
             shared, inputs, sums = pytree.tree_unflatten(flat, arguments)
             if inputs.key.shape == (1,):  # a lone client's matrix products are plain ones
                 mine = tree_map(operator.itemgetter(0), inputs)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
+from vfl.operators import Operators
 from vfl.queue import Queue, Slice
 from vfl.reduce import Layout, Results, Sums, layout, zeros
 from vfl.tuning import Execution, Mode, Tuner
@@ -120,14 +121,15 @@ class Executor:
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
         """How the chunk was run in the end, and what it left."""
-        if mode == "compile" and (self.layout(round) is None or not self.tuner.wants(now.signature)):
+        known = self.layout(round) is not None and not self.tuner.counting
+        if mode == "compile" and not (known and self.tuner.wants(now.signature, int(now.counts.max()))):
             mode = "vmap"  # which also shows that nothing depends on a value
         if mode == "compile":
             try:
-                known, started = len(self.compiler), time.perf_counter()
-                sums = round.sums or self.no_sums(round)
-                added = self.compiler.run((round.kind, now.signature), now.bounds, shared, now.inputs, sums)
-                if len(self.compiler) > known:
+                programs, started = len(self.compiler), time.perf_counter()
+                sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
+                added = self.compiler.run((round.kind, now.signature), now.bounds, shared, now.inputs, sums, most)
+                if len(self.compiler) > programs:
                     self.tuner.compiled(time.perf_counter() - started)
                 return mode, added
             except Exception as error:
@@ -136,7 +138,12 @@ class Executor:
                 mode = "vmap"
                 self.tuner.give_up("compile")
                 log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
-        mode, results = self._eager(mode, now, shared, round)
+        if self.tuner.counting:
+            with Operators() as operators:
+                mode, results = self._eager(mode, now, shared, round)
+            self.tuner.counted(operators.count, max(int(now.counts.max()), 1))
+        else:
+            mode, results = self._eager(mode, now, shared, round)
         sums, report = add_all(self.problem, round.sums or self.no_sums(round), results)
         return mode, Added(sums, report, results[1], kept(self.problem, results))
 

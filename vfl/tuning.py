@@ -17,9 +17,10 @@ Mode = Literal["vmap", "compile", "loop"]
 
 TRIES = 3  # chunks in which another way is timed, after one that warms it up
 SEEN = 4  # a shape must come back so often before a program for it is worth its compilation
+PATIENCE = 200  # chunks after which a program that has not paid by then is given up, and timing ends
 SPEEDUP = 2.0  # what compiling is expected to bring, until it is measured
-COMPILE_SECONDS = (2.0, 0.02)  # and to cost: at least, and for each node of the graph
-NODES_A_STEP = 140  # of the graph, for a small model
+COMPILE_SECONDS = (4.0, 0.025)  # and to cost: at least, and for each operator of the program
+MOST_OPERATORS = 2_000  # of a program that is compiled without being asked for: a minute, on one core
 
 
 class Tuner:
@@ -37,6 +38,7 @@ class Tuner:
         self._times: list[float] = []
         self._rates: dict[Mode, float] = {}  # local steps a second
         self._compile_seconds: float | None = None
+        self._operators: float | None = None  # of a local step
         self._seen: Counter[Hashable] = Counter()
         self._untried: list[Mode] = ["loop", "compile"] if wanted == "auto" else []
         self._known = recall(name) if name is not None and wanted == "auto" else None
@@ -57,9 +59,38 @@ class Tuner:
         """How to run the next chunk."""
         return self._trial or self.best
 
-    def wants(self, signature: Hashable) -> bool:
-        """Whether a chunk of this shape may be compiled: always when asked to, else when the shape comes back."""
-        return self.wanted == "compile" or self._seen[signature] >= SEEN
+    @property
+    def counting(self) -> bool:
+        """Whether the next chunk's operators are to be counted."""
+        return self._operators is None and self.wanted in ("auto", "compile")
+
+    def counted(self, operators: int, depth: int) -> None:
+        """Learns how many operators a chunk took, of `depth` local steps one after the other."""
+        self._operators = operators / depth
+        if self.wanted == "compile" and operators > MOST_OPERATORS:
+            log.warning("compiling %s operators may take %.0f minutes or more; execution vmap starts at once",
+                        f"{operators:,}", self._cost(depth) / 60)  # fmt: skip
+
+    @property
+    def most_operators(self) -> int | None:
+        """How many a program may have; None: any number."""
+        return None if self.wanted == "compile" else MOST_OPERATORS
+
+    def wants(self, signature: Hashable, depth: int) -> bool:
+        """Whether a chunk of this shape, so many steps deep, may be compiled.
+
+        Always when asked to; else when the shape comes back, and its program is not too large to compile within a
+        minute.
+        """
+        return self.wanted == "compile" or (self._seen[signature] >= SEEN and self._small(depth))
+
+    def _small(self, depth: int) -> bool:
+        return self._operators is not None and self._operators * depth <= MOST_OPERATORS
+
+    def _cost(self, depth: int) -> float:
+        """Seconds that compiling so many steps is expected to take."""
+        base, each = COMPILE_SECONDS
+        return base + each * (self._operators or 0.0) * depth
 
     def give_up(self, mode: Literal["vmap", "compile"]) -> None:
         """Goes on without compiling, or, where vmap itself cannot run this, one client at a time."""
@@ -90,21 +121,21 @@ class Tuner:
         self._trial = None
         if self._untried:
             candidate = self._untried[0]
-            if candidate == "compile" and not self._repaid(signature, depth):
+            if candidate != "compile" or self._repaid(signature, depth):
+                self._trial = self._untried.pop(0)
+                return
+            if self._seen.total() < PATIENCE:
                 self._note()  # perhaps later, when the shape has come back often enough
                 return
-            self._trial = self._untried.pop(0)
-            return
+            self._untried = []
         shown = ", ".join(f"{m} {r:,.0f}" for m, r in self._rates.items())
         log.info("execution auto: %s (local steps a second: %s)", self.best, shown)
         self._note()
 
     def _repaid(self, signature: Hashable, depth: int) -> bool:
         """Whether the steps to come would gain more by a compiled program than it is expected to cost."""
-        base, node = COMPILE_SECONDS
-        cost = base + node * NODES_A_STEP * depth
         gain = self.steps_to_come / self._rates[self.best] * (1 - 1 / SPEEDUP)
-        return self._seen[signature] >= SEEN and gain > 2 * cost
+        return self.wants(signature, depth) and gain > 2 * self._cost(depth)
 
     def _note(self) -> None:
         """Remembers what was measured."""
