@@ -11,8 +11,9 @@ from torch import nn
 import vfl
 from vfl import choices, execute
 from vfl.chunks import ChunkSize
+from vfl.executor import threads
 from vfl.operators import Operators, TooManyOperatorsError
-from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner
+from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner, Way
 
 CPU = torch.device("cpu")
 OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
@@ -69,11 +70,11 @@ def played(tuner: Tuner, seconds: dict[str, float], chunks: int = 60) -> list[st
     """The modes of so many chunks, each 10 steps deep, of 4 clients (1 in the loop) that take `seconds` each."""
     modes = []
     for _ in range(chunks):
-        mode = tuner.mode()
-        clients = 1 if mode == "loop" else 4
-        modes.append(mode)
+        way = tuner.way()
+        clients = 1 if way.mode == "loop" else 4
+        modes.append(str(way))
         if tuner.learning:
-            tuner.report(mode, clients, 10 * clients, 10, clients * seconds[mode])
+            tuner.report(way.mode, clients, 10 * clients, 10, clients * seconds[str(way)])
     return modes
 
 
@@ -96,6 +97,43 @@ def named(name: str, steps_to_come: float) -> Tuner:
 def test_auto_ends_with_the_fastest(fastest):
     seconds = {"loop": 3.0, "vmap": 2.0, "compile": 2.5} | {fastest: 1.0}
     assert set(played(tuner(1e9), seconds)[-20:]) == {fastest}
+
+
+def test_auto_tries_one_thread_where_there_are_several():
+    several = {"loop": 3.0, "loop by one thread": 0.8, "vmap": 2.0, "vmap by one thread": 2.5}
+    for compiled, best in ((0.1, "compile by one thread"), (0.9, "loop by one thread")):
+        one = Tuner("auto", ChunkSize(4, 1, CPU), threads=2)
+        one.begin(1e9)
+        one.counted(1400, 10)
+        ways = played(one, several | {"compile by one thread": compiled})
+        assert set(ways) == {*several, "compile by one thread"} and ways[-1] == best
+    assert set(played(tuner(0.0), {"loop": 3.0, "vmap": 1.0})) == {"loop", "vmap"}
+
+
+def test_one_thread_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
+    several = {"loop": 3.0, "loop by one thread": 0.8, "vmap": 2.0, "vmap by one thread": 2.5}
+    for _ in range(2):
+        one = Tuner("auto", ChunkSize(4, 1, CPU), "e", threads=2)
+        one.begin(10.0)  # too few steps to compile
+        one.counted(1400, 10)
+        ways = played(one, several)
+    assert set(ways) == {"loop by one thread"}
+
+
+def test_threads_are_as_before_after_a_chunk_by_one(monkeypatch):
+    monkeypatch.setattr(Tuner, "way", lambda self: Way("loop", alone=True))
+    during: list[int] = []
+    task, data = regression(), federated()
+    seen = task._replace(grad_fn=lambda *a: during.append(torch.get_num_threads()) or task.grad_fn(*a))
+    broken = task._replace(grad_fn=lambda *a: 1 / 0)
+    with threads(2):
+        vfl.simulate(ALGORITHMS["fedavg"], seen, data, 1, **OPTIONS)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(vfl.errors.ClientError):
+            vfl.simulate(ALGORITHMS["fedavg"], broken, data, 1, **OPTIONS)
+        assert torch.get_num_threads() == 2
+    assert set(during) == {1}
 
 
 def test_auto_does_not_change_for_a_difference_within_the_noise():

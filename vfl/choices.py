@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     """Timings of one kind of work on one device."""
 
     chunk: int  # clients at once under vmap
-    rates: dict[Any, float]  # mode → local steps a second
+    rates: dict[str, float]  # way of computing → local steps a second
     compile_seconds: float | None  # what making a program took
 
 
@@ -37,7 +37,8 @@ def recall(name: str) -> Choice | None:
     try:
         entry = _entries("executions")[name]
         chunk, rates, seconds = int(entry["chunk"]), dict(entry["rates"]), entry["compile_seconds"]
-        return Choice(chunk, {m: float(r) for m, r in rates.items()}, None if seconds is None else float(seconds))
+        rates = {str(way): float(rate) for way, rate in rates.items()}
+        return Choice(chunk, rates, None if seconds is None else float(seconds))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,8 @@ class Executor:
         self.sum_dtype = torch.promote_types(problem.dtype, torch.float32)
         # A chunk holds, for each client, at least the model, its gradient, the message and their temporaries.
         self.chunk = ChunkSize(chunk, 8 * model_bytes, self.device)
-        self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None)
+        many = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None, many)
         self.compiler = Compiler(problem)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmap_works = False
@@ -68,12 +71,13 @@ class Executor:
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
         while True:
-            mode = self.tuner.mode()
+            mode, alone = self.tuner.way()
             size = {"loop": 1, "vmap": None, "compile": self._compiled_chunk}[mode]
             now = queue.peek(self.chunk.take(queue.alike, size))
             before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
             try:
-                ran, added = self._run(mode, now, shared, round)
+                with threads(1 if alone else torch.get_num_threads()):
+                    ran, added = self._run(mode, now, shared, round)
             except Exception as error:
                 if not out_of_memory(error) or not self.chunk.halve(now.clients):
                     raise
@@ -128,7 +132,8 @@ class Executor:
             try:
                 programs, started = len(self.compiler), time.perf_counter()
                 sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
-                added = self.compiler.run((round.kind, now.signature), now.bounds, shared, now.inputs, sums, most)
+                kind = (round.kind, now.signature, torch.get_num_threads())  # which are fixed in a program
+                added = self.compiler.run(kind, now.bounds, shared, now.inputs, sums, most)
                 if len(self.compiler) > programs:
                     self.tuner.compiled(time.perf_counter() - started)
                 return mode, added
@@ -171,6 +176,20 @@ class Executor:
         if round.kind not in self._layouts:
             self._layouts[round.kind] = layout(results)
         return results
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _to(clients: Tree, place: torch.device) -> Tree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 from vfl.choices import Choice, recall, remember
 from vfl.chunks import WORTH, ChunkSize
@@ -14,6 +14,7 @@ log = logging.getLogger("vfl")
 
 Execution = Literal["auto", "vmap", "compile", "loop"]
 Mode = Literal["vmap", "compile", "loop"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 TRIES = 3  # chunks in which another way is timed, after one that warms it up
 SEEN = 4  # a shape must come back so often before a program for it is worth its compilation
@@ -23,24 +24,38 @@ COMPILE_SECONDS = (4.0, 0.025)  # and to cost: at least, and for each operator o
 MOST_OPERATORS = 2_000  # of a program that is compiled without being asked for: a minute, on one core
 
 
+class Way(NamedTuple):
+    """One way of computing a chunk."""
+
+    mode: Mode
+    alone: bool = False  # by one thread, however many torch has
+
+    def __str__(self) -> str:
+        return f"{self.mode} by one thread" if self.alone else self.mode
+
+
 class Tuner:
     """Starts with vmap, whose chunk size finds itself; then times the loop; then compiles, if the rest repays it.
+
+    Where torch has several `threads`, one alone is tried, too: what a small model shares out costs more than it gains.
+    A program is compiled for as many threads as the best way without one uses.
 
     A way that is not measurably faster than the best so far is not taken. What is learnt concerns speed alone: the
     results are the same up to rounding. It is remembered under `name`, and the next run of this kind starts with it.
     """
 
-    def __init__(self, wanted: Execution, chunk: ChunkSize, name: str | None = None) -> None:
+    def __init__(self, wanted: Execution, chunk: ChunkSize, name: str | None = None, threads: int = 1) -> None:
         self.wanted, self.chunk, self.name = wanted, chunk, name
-        self.best: Mode = "vmap" if wanted == "auto" else wanted
+        self.best = Way("vmap" if wanted == "auto" else wanted)
         self.steps_to_come = 0.0  # local steps until the end of the run
-        self._trial: Mode | None = None
+        self._trial: Way | None = None
         self._times: list[float] = []
-        self._rates: dict[Mode, float] = {}  # local steps a second
+        self._rates: dict[Way, float] = {}  # local steps a second
         self._compile_seconds: float | None = None
         self._operators: float | None = None  # of a local step
         self._seen: Counter[Hashable] = Counter()
-        self._untried: list[Mode] = ["loop", "compile"] if wanted == "auto" else []
+        shared = [Way("loop", alone=True), Way("vmap", alone=True)] if threads > 1 else []
+        self._untried = [Way("loop"), *shared, Way("compile")] if wanted == "auto" else []
         self._known = recall(name) if name is not None and wanted == "auto" else None
 
     @property
@@ -55,9 +70,13 @@ class Tuner:
             self._start_from(self._known)
             self._known = None
 
-    def mode(self) -> Mode:
+    def way(self) -> Way:
         """How to run the next chunk."""
         return self._trial or self.best
+
+    def mode(self) -> Mode:
+        """`way` without the threads."""
+        return self.way().mode
 
     @property
     def counting(self) -> bool:
@@ -94,7 +113,8 @@ class Tuner:
 
     def give_up(self, mode: Literal["vmap", "compile"]) -> None:
         """Goes on without compiling, or, where vmap itself cannot run this, one client at a time."""
-        self.best, self._trial, self._untried = "loop" if mode == "vmap" else "vmap", None, []
+        self.best = Way("loop" if mode == "vmap" else "vmap", self.way().alone)
+        self._trial, self._untried = None, []
 
     def compiled(self, seconds: float) -> None:
         """Learns what making a program took."""
@@ -110,7 +130,7 @@ class Tuner:
         self._times.append(steps / seconds)
         if len(self._times) <= TRIES:
             return
-        self._rates[mode] = max(self._times[1:])
+        self._rates[self.way()] = max(self._times[1:])
         self._times = []  # the next timings may be another mode's
         self._conclude(signature, depth)
 
@@ -121,8 +141,10 @@ class Tuner:
         self._trial = None
         if self._untried:
             candidate = self._untried[0]
-            if candidate != "compile" or self._repaid(signature, depth):
-                self._trial = self._untried.pop(0)
+            if candidate.mode == "compile":
+                candidate = Way("compile", self.best.alone)
+            if candidate.mode != "compile" or self._repaid(signature, depth):
+                self._trial, self._untried = candidate, self._untried[1:]
                 return
             if self._seen.total() < PATIENCE:
                 self._note()  # perhaps later, when the shape has come back often enough
@@ -140,20 +162,24 @@ class Tuner:
     def _note(self) -> None:
         """Remembers what was measured."""
         if self.name is not None:
-            remember(self.name, Choice(self.chunk.size, dict(self._rates), self._compile_seconds))
+            rates = {str(way): rate for way, rate in self._rates.items()}
+            remember(self.name, Choice(self.chunk.size, rates, self._compile_seconds))
 
     def _start_from(self, known: Choice) -> None:
         """Takes over what an earlier run of this kind has measured."""
         self.chunk.keep(known.chunk)
-        eager: dict[Mode, float] = {m: known.rates[m] for m in ("vmap", "loop") if m in known.rates}
+        ways = {str(way): way for way in (Way(mode, alone) for mode in MODES for alone in (False, True))}
+        rates = {ways[name]: rate for name, rate in known.rates.items() if name in ways}
+        eager = {way: rate for way, rate in rates.items() if way.mode != "compile"}
         if not eager:
             return
         self._rates = dict(eager)
-        self.best = "loop" if eager.get("loop", 0) > WORTH * eager.get("vmap", 0) else "vmap"
-        self._untried = ["compile"]
-        if "compile" in known.rates:
-            self._untried = []
-            saved = self.steps_to_come * (1 / eager[self.best] - 1 / known.rates["compile"])
+        fastest = max(eager, key=lambda way: eager[way])
+        self.best = fastest if eager[fastest] > WORTH * eager.get(Way("vmap"), 0) else Way("vmap")
+        compiled = [way for way in rates if way.mode == "compile"]
+        self._untried = [] if compiled else [Way("compile")]
+        if compiled:
+            saved = self.steps_to_come * (1 / eager[self.best] - 1 / rates[compiled[0]])
             if saved > (known.compile_seconds or 0):
-                self.best = "compile"
+                self.best = compiled[0]
         log.info("execution auto: %s, by an earlier run's timings", self.best)
