@@ -6,12 +6,16 @@ import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vfl.errors import UsageError
 
 
 def seconds(call: Callable[[], object], tries: int) -> list[float]:
@@ -32,6 +36,21 @@ def _timed(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def apart(arguments: Sequence[str], what: object, **variables: str) -> dict[str, Any]:
+    """What `python arguments` prints as a line of JSON, in a process of its own with these environment variables.
+
+    It has one thread unless OMP_NUM_THREADS says otherwise. Raises UsageError, naming `what`, where it fails.
+    """
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        why = next((line for line in reversed(said) if "Error" in line), said[-1])
+        raise UsageError(f"{what} could not be measured: {why.strip()}")
+    return json.loads(lines[0])
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import algorithms, growth, roofline
+from benchmarks import algorithms, growth, memory, roofline, sampling
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import header, line, number
 from vfl.errors import UsageError
@@ -142,6 +142,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "algorithms": algorithms.section,
     "roofline": roofline.section,
     "scaling": growth.section,
+    "memory": memory.section,
+    "sampling": sampling.section,
 }
 """A benchmark's name, in its file's `benchmark` → its section."""
 

@@ -1,6 +1,6 @@
 """How a round's time and memory grow: with the population, the cohort, the model, the local work and the ranks.
 
-    python -m benchmarks.scaling --what population     # N = 1,000 against N = 1,000,000, same cohort
+    python -m benchmarks.scaling --what population     # 1,000 to 10,000,000 clients, same cohort
     python -m benchmarks.scaling --what cohort         # 10 to 5,000 clients
     python -m benchmarks.scaling --what dimension      # models of 1,000 to 10,000,000 parameters
     python -m benchmarks.scaling --what steps          # 1 to 50 local steps
@@ -19,7 +19,6 @@ import json as json_
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from rich.console import Console
 import vfl
 from algorithms.fedavg import FedAvg
 from benchmarks.growth import columns, plot
-from benchmarks.measuring import result, save
+from benchmarks.measuring import apart, result, save
 from benchmarks.tables import number, terminal
 from vfl.chunks import Memory
 from vfl.errors import UsageError
@@ -87,7 +86,10 @@ def _width(case: Case, parameters: int) -> int:
 
 
 AXES: dict[str, Axis] = {
-    "population": Axis((1_000, 1_000_000), lambda case, N: replace(case, population=N)),
+    # 32 bytes of inputs a client, so that ten million of them fit into a laptop's memory.
+    "population": Axis(
+        (10**3, 10**4, 10**5, 10**6, 10**7), lambda case, N: replace(case, population=N, examples=2, features=4)
+    ),
     "cohort": Axis(
         (10, 100, 500, 1_000, 5_000), lambda case, S: replace(case, cohort=S, population=max(S, case.population))
     ),
@@ -103,8 +105,9 @@ AXES: dict[str, Axis] = {
         lambda case, execution: replace(case, execution=execution, cohort=1, features=4, classes=2, steps=1),
     ),
 }
-"""By name. Two set more than their own value: ranks share the work of the throughput benchmark's mlp, and overhead is
-measured on one client with one step of a model of 10 parameters."""
+"""By name. Three set more than their own value: populations have clients of 2 examples of 4 numbers, ranks share the
+work of the throughput benchmark's mlp, and overhead is measured on one client with one step of a model of 10
+parameters."""
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -152,17 +155,11 @@ def measured_apart(case: Case) -> dict[str, float]:
     """`measure` in a process of its own, or several. Raises UsageError where they fail."""
     arguments = [f"--case.{name}={value}" for name, value in asdict(case).items()]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    command = [sys.executable, *(launcher if case.ranks > 1 else []), "-m", "benchmarks.scaling", "--what", "case"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"s_per_round": ')]
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        why = next((line for line in reversed(said) if "Error" in line), said[-1])
-        raise UsageError(f"{case} could not be measured: {why.strip()}")
-    return json_.loads(lines[0])
+    command = [*(launcher if case.ranks > 1 else []), "-m", "benchmarks.scaling", "--what", "case", *arguments]
+    loopback = (
+        "GLOO_SOCKET_IFNAME" not in os.environ and sys.platform == "linux"
+    )  # the host's own name need not resolve
+    return apart(command, case, **({"GLOO_SOCKET_IFNAME": "lo"} if loopback else {}))
 
 
 def main(

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 import vfl
-from benchmarks import report, roofline, scaling
+from benchmarks import measuring, report, roofline, scaling
 from benchmarks.work import SHAPES, Work
 from vfl.errors import UsageError
 
@@ -123,7 +123,7 @@ def test_ranks_are_processes_of_one_thread_and_a_failure_is_a_sentence(monkeypat
         done = functools.partial(subprocess.CompletedProcess, command)
         return done(0, stdout='hello\n{"s_per_round": 1.5}\n') if len(ran) < 3 else done(1, "", "OSError: no\nlast\n")
 
-    monkeypatch.setattr(scaling.subprocess, "run", run)
+    monkeypatch.setattr(measuring.subprocess, "run", run)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for ranks in (1, 2):
         assert scaling.measured_apart(scaling.AXES["ranks"].at(FEW, ranks)) == {"s_per_round": 1.5}
