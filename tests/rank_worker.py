@@ -13,6 +13,8 @@ from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
+from vfl.delays import Delays
+from vfl.devices import Devices
 
 OFF = vfl.Evaluation(0)
 WORLDS = (3, 2)  # 3 ranks are more than some cohorts hold
@@ -54,6 +56,9 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["krum"] = played(Scaffold(aggregator="multi_krum:f=1,m=3"), mlp(), federated(), 3, **everyone)
     median = FedAvg(aggregator="median")
     found["median-dropped"] = played(median, mlp(), spoilt, 4, on_nonfinite="drop", **everyone)
+    late = Devices(device_speeds="pareto:2", client_dropout=0.3).wrap(Scaffold().build(mlp(), len(SIZES)), mlp(), 0)
+    late = Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=2).wrap(late, mlp(), 0)
+    found["late"] = played(late, mlp(), federated(), 6, clients_per_round=2, evaluation=OFF, **options)
     found["diverged"] = diverged(spoilt, **options)
     found["stopped"] = stopped(ranks)
     return found

@@ -88,7 +88,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
-             "poisson", "evaluated", "dropped", "krum", "median-dropped", "diverged", "stopped"]  # fmt: skip
+             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -105,6 +105,7 @@ def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
     assert 0 in np.concatenate([rank["two/fedavg"]["chunks"] for rank in launches[3]]), "a rank without a client"
     assert set(alone["dropped"]["metric.dropped"]) == {0, 1}
     assert "metric.test_loss" in alone["evaluated"] and "metric.client_train_loss_mean" in alone["evaluated"]
+    assert alone["late"]["metric.pending"].any() and alone["late"]["metric.unanswered"].any()
     assert alone["diverged"]["round"] > 1
     assert alone["diverged"]["clients"].tolist() == [2]
 

@@ -1,6 +1,6 @@
 """The central types. Letters: D parameters, C clients in a chunk, S a cohort, N the population, K local steps, B batch.
 
-An algorithm is five pure functions, and four more that few need. What a client may know of the server is what
+An algorithm is five pure functions, and six more that few need. What a client may know of the server is what
 `broadcast` sends. `client_update` is written for one client; the engine maps it over a chunk with `torch.func.vmap`,
 sums the weighted messages over chunks and ranks, and hands their mean to `server_update`.
 """
@@ -24,7 +24,7 @@ class Message(NamedTuple):
     """What one client sends."""
 
     payload: Tree  # averaged over the cohort; a tensor [D] or a NamedTuple of tensors
-    weight: Tensor  # [] ≥ 0; the weight of this client in the mean
+    weight: Tensor  # [] ≥ 0; the weight of this client in the mean, or [W]: in each of W means
     bits: Tensor  # [] float; uplink size
 
 
@@ -36,11 +36,11 @@ class Broadcast(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """What the server receives from a cohort S."""
+    """What the server receives from a cohort S; of clients with W weights, W means, each leaf [W, ...]."""
 
-    payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ
+    payload: Tree  # Σ wᵢ payloadᵢ / Σ wᵢ; 0 in one of W means without any weight
     weight: Tensor  # [] Σ wᵢ, above 0: a round without any weight has no server step
-    clients: Tensor  # [] how many are in it: |S| without those that have no data or were dropped
+    clients: Tensor  # [] how many are in it: |S| without those that have no weight or data, or were dropped
 
 
 class Metrics(NamedTuple):
@@ -50,7 +50,9 @@ class Metrics(NamedTuple):
     examples: Tensor  # [] how many visits that sum holds
     gradients: Tensor  # [] sample-gradients computed, wherever and for whatever
     buffers: tuple[Tensor, ...] = ()  # the module's buffers after the work (batch-norm statistics)
-    extra: Mapping[str, Tensor] = {}
+    extra: Mapping[str, Tensor] = {}  # [] each: numbers of the algorithm's own, averaged by the clients' weights
+    counts: Mapping[str, Tensor] = {}  # [] each: summed over the cohort
+    peaks: Mapping[str, Tensor] = {}  # [] ≥ 0 each: of which the cohort's largest is reported
 
 
 class Server(Protocol):
@@ -136,6 +138,18 @@ class Personal(NamedTuple):
     steps: int = 0  # minibatches that the model takes to make; 0: it follows from the states
 
 
+class Idle(Protocol):
+    """The server's part of a round that brought no weight: (server, a random key []) → (server, scalars to report)."""
+
+    def __call__(self, server: Any, key: Tensor, /) -> tuple[Any, Mapping[str, Tensor]]: ...
+
+
+class Expect(Protocol):
+    """The first server state, given one client's payload (of zeros): for memory in the shape of what clients send."""
+
+    def __call__(self, server: Any, payload: Tree, /) -> Any: ...
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. Every function is pure, and every array may carry a vmap axis."""
 
@@ -148,6 +162,8 @@ class Algorithm(NamedTuple):
     receive: Receive | None = None  # None: a message counts as it was sent
     combine: Combine | None = None  # None: the weighted mean, which needs no message to be kept
     personal: Personal | None = None  # None: the server's model is everyone's
+    idle: Idle | None = None  # None: such a round leaves the server as it was
+    expect: Expect | None = None  # None: init_server needs no payload
 
 
 def stateless(x: Tensor, /) -> Tree:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from vfl import random
 from vfl.base import Algorithm, Tree, tree_map
@@ -118,7 +119,7 @@ class Engine:
         buffers, x = self.task.buffers, self.task.x if x is None else x
         if self.replicas is None:
             store = self._store(x)
-            return State(0, random.key(seed), self.algorithm.init_server(x), buffers, store, Totals())
+            return self._expecting(State(0, random.key(seed), self.algorithm.init_server(x), buffers, store, Totals()))
         settings = self.replicas.settings()
         keys = torch.stack([random.key(seed + int(setting["replica"])) for setting in settings])
         x = x.expand(len(settings), x.shape[-1]).clone()
@@ -127,7 +128,31 @@ class Engine:
             server = with_values(server, settings)
         buffers = tuple(b.expand(len(settings), *b.shape).clone() for b in buffers)
         none = [0.0] * len(settings)
-        return State(0, keys, server, buffers, Stores([self._store(start) for start in x]), Totals(none, none, none))
+        stores = Stores([self._store(start) for start in x])
+        return self._expecting(State(0, keys, server, buffers, stores, Totals(none, none, none)))
+
+    def _expecting(self, state: State) -> State:
+        """The first state, with the server's memory for what clients send, which one client's work shows."""
+        expect, sizes = self.algorithm.expect, self.data.clients.sizes()
+        if expect is None or not sizes.any():
+            return state
+        alone, keys = self.replicas is None, state.key.reshape(-1, 1)
+        sent = (self.algorithm.broadcast if alone else vmap(self.algorithm.broadcast))(
+            state.server, state.key.to(self.device)
+        )
+        ids = np.full(keys.shape, np.where(sizes > 0, sizes, sizes.max()).argmin())  # the least work
+        queue = self._queue(
+            state, ids, self.work.counts(sizes[ids]), np.ones(ids.shape), keys, np.zeros(ids.shape, dtype=np.int64)
+        )
+        first = Round(0, sent.content)
+        self.executor.learn_layout(queue, Shared(sent.content, self.data_x, self.data_y), first)
+        like = self.executor.layout(first)
+        assert like is not None
+        zeros = [torch.zeros(p.shape, dtype=p.dtype, device=self.device) for p in like.payload]
+        payload = pytree.tree_unflatten(zeros, like.structure)
+        return state._replace(
+            server=expect(state.server, payload) if alone else vmap(expect, (0, None))(state.server, payload)
+        )
 
     def _store(self, x: Tensor) -> Store:
         store = Store(self.algorithm.init_client(x), self.place)
@@ -194,20 +219,25 @@ class Engine:
         bad = (counts > 0) & ~finite
         if bad.any() and not self.drop:
             raise DivergedError(state.round + 1, np.unique(ids[bad]).tolist())
-        server, mean, reported = state.server, received.mean, {}
+        server, mean, buffers, reported = state.server, received.mean, state.buffers, {}
         like = self.executor.layout(played)
         if mean is not None and like is not None and self.algorithm.combine is not None:
             with self.clock("reduction"):
                 combining = self.algorithm.combine, like, played.messages, received.finite, self.ranks, self.device
                 mean = mean._replace(payload=combined(*combining))
-        if mean is not None:
-            with self.clock("server"):
-                stepped, reported = each(self.algorithm.server_update)(server, mean, server_key.to(self.device))
-                # A replica without any weight has no step; alone, it would not be here.
-                weight = mean.weight
-                server = stepped if self.replicas is None else vmap(keep_where)(weight > 0, stepped, server)
-            if not bool(torch.isfinite(server.x.sum())):
-                raise DivergedError(state.round + 1, [])
+        with self.clock("server"):
+            if self.algorithm.idle is not None and (mean is None or self.replicas is not None):
+                server, reported = each(self.algorithm.idle)(server, server_key.to(self.device))
+            if mean is not None:
+                stepped, reported = each(self.algorithm.server_update)(state.server, mean, server_key.to(self.device))
+                if self.replicas is None:
+                    server = stepped
+                else:  # a replica without any weight has no step
+                    some = (mean.weight > 0).reshape(len(ids), -1).any(1)
+                    server = vmap(keep_where)(some, stepped, server)
+                buffers = each(keep_where)(received.heard, received.buffers, buffers)
+        if not bool(torch.isfinite(server.x.sum())):
+            raise DivergedError(state.round + 1, [])
         with self.clock("states"):
             stores = state.store.each if isinstance(state.store, Stores) else [state.store]
             for now, clients in played.states:
@@ -222,7 +252,7 @@ class Engine:
             (np.asarray(total) + now).tolist()
             for total, now in zip(before, (received.bits.sum(-1), down, received.gradients.sum(-1)), strict=True)
         ))  # fmt: skip
-        after = State(state.round + 1, state.key, server, received.buffers or state.buffers, state.store, totals)
+        after = State(state.round + 1, state.key, server, buffers, state.store, totals)
         visited = np.where(received.finite, received.examples, 0).sum(-1)
         loss = np.where(received.finite, received.loss, 0).sum(-1)
         measured = {

@@ -18,7 +18,7 @@ from vfl.evaluation import OBJECTIVE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-XAxis = Literal["round", "bits_up", "bits_down", "bits_total", "gradients", "seconds"]
+XAxis = Literal["round", "bits_up", "bits_down", "bits_total", "gradients", "seconds", "simulated_seconds"]
 """What learning may be measured against."""
 
 _X_LABELS: dict[XAxis, str] = {
@@ -28,6 +28,7 @@ _X_LABELS: dict[XAxis, str] = {
     "bits_total": "uplink and downlink, all clients",
     "gradients": "sample-gradients",
     "seconds": "time without evaluation (s)",
+    "simulated_seconds": "simulated time (s)",
 }
 _UNITS: dict[XAxis, str] = {  # those with SI prefixes
     "bits_up": "bit",
@@ -64,8 +65,10 @@ def score(name: str) -> Score | None:
 
 def series(history: list[RoundMetrics], name: str, x_axis: XAxis = "round") -> tuple[list[float], list[float]]:
     """(x, y) of a metric: the rounds in which both are known and finite."""
-    if x_axis == "seconds":
-        at = list(accumulate(row["seconds"] if _known(row.get("seconds")) else 0.0 for row in history))
+    at: list[Any]
+    if x_axis in ("seconds", "simulated_seconds"):
+        each = [row.get(x_axis) for row in history]
+        at = list(accumulate(s if _known(s) else 0.0 for s in each)) if any(map(_known, each)) else [None] * len(each)
     elif x_axis == "bits_total":
         at = [_total(row.get("bits_up"), row.get("bits_down")) for row in history]
     else:
@@ -85,11 +88,11 @@ def learning_curves(
 
     One panel a quantity: loss, accuracy where there is one, whatever else is measured on a split, and the metrics of
     the objective; or these `metrics` alone, any of a round's, in this order. `x_axis` is the round, or what was spent
-    until then: uplink bits, downlink bits or both, sample-gradients, seconds without evaluation. Rounds where either is
-    missing are left out; several runs with test sets are drawn without their validation sets. `log` makes the y-axes
-    logarithmic, or linear; None: where losses and metrics of the objective span two orders of magnitude. The file's
-    ending (.png, .pdf, .svg) says the format. Raises UsageError where matplotlib is missing, there is nothing to draw,
-    or the file cannot be written.
+    until then: uplink bits, downlink bits or both, sample-gradients, seconds without evaluation, simulated seconds.
+    Rounds where either is missing are left out; several runs with test sets are drawn without their validation sets.
+    `log` makes the y-axes logarithmic, or linear; None: where losses and metrics of the objective span two orders of
+    magnitude. The file's ending (.png, .pdf, .svg) says the format. Raises UsageError where matplotlib is missing,
+    there is nothing to draw, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ Letters: C clients in a chunk, S a cohort. With replicas, sums and reports have 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,39 +31,51 @@ class Layout(NamedTuple):
     structure: Any  # of the payload's tree
     payload: list[Tensor]  # on the meta device, one client's leaves [...]
     buffers: list[Tensor]  # [...]
-    extra: tuple[str, ...]  # names of the algorithm's own client metrics
+    extra: tuple[str, ...]  # names of the algorithm's own client metrics: means,
+    counts: tuple[str, ...]  # sums
+    peaks: tuple[str, ...]  # and maxima
+    lead: tuple[int, ...]  # of a client's weight: (W,), or () when it is one number
 
     @property
     def sizes(self) -> list[int]:
-        """Entries of each part of the sum; each of the extra metrics has one."""
-        return [part.numel() for part in (*self.payload, *self.buffers)] + [1] * len(self.extra)
+        """Entries of each part of the sum, each of the extra metrics having one; of Σ w; of how many are in it."""
+        W = math.prod(self.lead)
+        payload, buffers = [W * part.numel() for part in self.payload], [part.numel() for part in self.buffers]
+        return [*payload, *buffers, *[1] * len(self.extra), W, W]
+
+    @property
+    def columns(self) -> int:
+        """Numbers in a client's report."""
+        return len(REPORT) + len(self.counts) + len(self.peaks)
 
 
 def layout(results: Results) -> Layout:
     """The layout of a chunk's stacked results."""
     message, _, metrics = results
     leaves, structure = pytree.tree_flatten(message.payload)
-    first = (0,) * message.weight.dim()  # [C] or [R, C]
+    first = (0,) * message.bits.dim()  # [C] or [R, C]
     payload, buffers = ([leaf[first].detach().to("meta") for leaf in part] for part in (leaves, metrics.buffers))
-    return Layout(structure, payload, buffers, tuple(metrics.extra))
+    extra, counts, peaks = (tuple(part) for part in (metrics.extra, metrics.counts, metrics.peaks))
+    return Layout(structure, payload, buffers, extra, counts, peaks, tuple(message.weight[first].shape))
 
 
 class Sums(NamedTuple):
     """Weighted sums over clients."""
 
     parts: list[Tensor]  # flat, one for each of the layout's sizes
-    weight: Tensor  # [1] Σ w
+    weight: Tensor  # [1] or [W] Σ w
+    clients: Tensor  # [1] or [W] how many have a weight above 0
 
 
 def zeros(sizes: list[int], dtype: torch.dtype, device: torch.device, replicas: int | None = None) -> Sums:
     """The sums over no client at all."""
     lead = () if replicas is None else (replicas,)
-    parts = [torch.zeros(*lead, n, dtype=dtype, device=device) for n in (*sizes, 1)]
-    return Sums(parts[:-1], parts[-1])
+    *parts, weight, clients = (torch.zeros(*lead, n, dtype=dtype, device=device) for n in sizes or (1, 1))
+    return Sums(parts, weight, clients)
 
 
 def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[Sums, Tensor]:
-    """The sums with a chunk's results added, and each client's report [C, len(REPORT)].
+    """The sums with a chunk's results added, and each client's report [C, columns].
 
     `drop` leaves out clients whose messages hold NaN or infinity. `fused` writes the weighted sum as a product and a
     sum, which a compiler makes one loop; torch alone is faster with a matrix product.
@@ -70,73 +83,98 @@ def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[
     message, _, metrics = results
     payload = pytree.tree_leaves(message.payload)
     # A sum over the entries is infinite or NaN when an entry is: one read of the messages, no copy.
-    summed = message.weight + sum(p.flatten(1).sum(1) if p.dim() > 1 else p for p in payload)
+    summed = _each(message.weight) + sum(_each(p) for p in payload)
     finite = torch.isfinite(summed)
     high = (message.bits / LOW).floor()
-    columns = (metrics.loss, metrics.examples, metrics.gradients, high, message.bits - high * LOW, finite)
+    columns = (metrics.loss, metrics.examples, metrics.gradients, high, message.bits - high * LOW, finite,
+               *metrics.counts.values(), *metrics.peaks.values())  # fmt: skip
     report = torch.stack([column.to(torch.float64) for column in columns], dim=1)
-    weight = message.weight.to(sums.weight.dtype)
+    weight = message.weight.to(sums.weight.dtype)  # [C] or [C, W]
     if drop:
-        weight = torch.where(finite, weight, 0)
-    parts = []
-    for total, part in zip(sums.parts, (*payload, *metrics.buffers, *metrics.extra.values()), strict=True):
+        weight = torch.where(finite if weight.dim() == 1 else finite[:, None], weight, 0)
+    # Buffers of a client that is not in the first of W means are not used; its other numbers are.
+    first, whole = (weight, weight) if weight.dim() == 1 else (weight[:, 0], _each(weight))
+    weights = [weight] * len(payload) + [first] * len(metrics.buffers) + [whole] * len(metrics.extra)
+    values, parts = (*payload, *metrics.buffers, *metrics.extra.values()), []
+    for total, part, w in zip(sums.parts, values, weights, strict=True):
         rows = (part if part.dim() == 2 else part.reshape(len(weight), -1)).to(total.dtype)
         if drop:  # zero times NaN would still be NaN
             rows = torch.where(finite[:, None], rows, 0)
-        parts.append(total + ((weight[:, None] * rows).sum(0) if fused else weight @ rows))
-    return Sums(parts, sums.weight + weight.sum()), report
+        parts.append(total + _weighted(w, rows, fused))
+    return Sums(parts, sums.weight + weight.sum(0), sums.clients + (weight > 0).sum(0)), report
+
+
+def _each(rows: Tensor) -> Tensor:
+    """The sum of each row [C] of [C, ...]."""
+    return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _weighted(weight: Tensor, rows: Tensor, fused: bool) -> Tensor:
+    """Σ w row [n] of the rows [C, n] by the weights [C]; by weights [C, W], such sums one after the other [W n]."""
+    if weight.dim() == 1:
+        return (weight[:, None] * rows).sum(0) if fused else weight @ rows
+    return ((weight[:, :, None] * rows[:, None]).sum(0) if fused else weight.T @ rows).flatten()
 
 
 class Received(NamedTuple):
     """What the all-reduce brought to every rank; all of it [R, ...] with replicas."""
 
     mean: Mean | None  # None: no weight came in, as from a cohort without data or whose clients were all dropped
-    buffers: tuple[Tensor, ...]  # the clients' module buffers, averaged by their weights; empty without any weight
+    buffers: tuple[Tensor, ...]  # the clients' module buffers, averaged by their (first) weights; empty without a mean
+    heard: Tensor  # [] bool: whether there is anything in that average
     loss: np.ndarray  # [S] sum of the training loss over the examples a client visited
     examples: np.ndarray  # [S] how many visits that is
     gradients: np.ndarray  # [S] sample-gradients
     bits: np.ndarray  # [S] uplink
     finite: np.ndarray  # [S] bool; false also for a client without data
-    extra: dict[str, np.ndarray]  # [] each: the algorithm's own client metrics, averaged by weight
+    extra: dict[str, np.ndarray]  # [] each: the algorithm's own client metrics: averaged by weight, summed, largest
     stopping: bool  # some rank asked to stop
 
 
 def reduce(
     like: Layout | None, sums: Sums, reports: list[tuple[np.ndarray, Tensor]], cohort: int, ranks: Ranks, stop: bool
 ) -> Received:
-    """The sums over all ranks, by one all-reduce of [parts | Σw | stop | report S × len(REPORT)].
+    """The sums over all ranks, by one all-reduce of [parts | Σw | clients | stop | report S × columns].
 
     `reports` are this rank's, each with its clients' positions in the cohort of S. Every rank calls it once a round.
     """
     lead, dtype, device = sums.weight.shape[:-1], sums.weight.dtype, sums.weight.device
-    report = torch.zeros(*lead, cohort, len(REPORT), dtype=dtype, device=device)
+    columns = like.columns if like else len(REPORT)
+    report = torch.zeros(*lead, cohort, columns, dtype=dtype, device=device)
     if reports:
         at = torch.from_numpy(np.concatenate([now for now, _ in reports], axis=-1)).to(device)
         rows = torch.cat([rows for _, rows in reports], dim=-2).to(dtype)
         report.scatter_(-2, at[..., None].expand(rows.shape), rows)
     flag = torch.full((*lead, 1), float(stop), dtype=dtype, device=device)
-    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, flag, report.flatten(-2)], dim=-1))
-    sizes = like.sizes if like else []
-    *parts, weight, stopping, report = flat.split([*sizes, 1, 1, cohort * len(REPORT)], dim=-1)
-    scale = torch.where(weight > 0, 1 / weight, 0)
+    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, sums.clients, flag, report.flatten(-2)], dim=-1))
+    sizes = like.sizes if like else [1, 1]
+    *parts, weight, clients, stopping, report = flat.split([*sizes, 1, cohort * columns], dim=-1)
+    total = weight.sum(-1, keepdim=True)
+    scale, first, whole = (torch.where(w > 0, 1 / w, 0) for w in (weight, weight[..., :1], total))
     names = like.extra if like else ()
-    means = [part * scale for part in parts]
+    extras = [part * whole for part in parts[len(parts) - len(names) :]]
     # Reading these numbers waits for the device.
-    read = torch.cat([stopping, weight, *means[len(means) - len(names) :], report], dim=-1)
-    numbers = read.to("cpu", torch.float64).numpy()
-    rows = numbers[..., len(names) + 2 :].reshape(*lead, cohort, len(REPORT))
-    loss, examples, gradients, high, low, finite = np.moveaxis(rows, -1, 0)
+    numbers = torch.cat([stopping, total, *extras, report], dim=-1).to("cpu", torch.float64).numpy()
+    rows = numbers[..., len(names) + 2 :].reshape(*lead, cohort, columns)
+    loss, examples, gradients, high, low, finite, *own = np.moveaxis(rows, -1, 0)
     mean, buffers = None, ()
     if like and (numbers[..., 1] > 0).any():
-        shaped = [m.reshape((*lead, *p.shape)) for m, p in zip(means, (*like.payload, *like.buffers), strict=False)]
-        n = len(like.payload)
-        payload = [m.to(p.dtype) for m, p in zip(shaped[:n], like.payload, strict=True)]
-        clients = report.unflatten(-1, (cohort, len(REPORT)))[..., -1].sum(-1)
-        mean = Mean(pytree.tree_unflatten(payload, like.structure), weight[..., 0], clients)
+        n, W = len(like.payload), weight.shape[-1]
+        payload = [
+            (part.unflatten(-1, (W, p.numel())) * scale[..., None]).reshape((*lead, *like.lead, *p.shape)).to(p.dtype)
+            for part, p in zip(parts[:n], like.payload, strict=True)
+        ]
+        shape = (*lead, *like.lead)
+        mean = Mean(pytree.tree_unflatten(payload, like.structure), weight.reshape(shape), clients.reshape(shape))
+        averages = [(part * first).reshape((*lead, *b.shape)) for part, b in zip(parts[n:], like.buffers, strict=False)]
         buffers = tuple(
-            (m if b.is_floating_point() else m.round()).to(b.dtype)
-            for m, b in zip(shaped[n:], like.buffers, strict=True)
+            (m if b.is_floating_point() else m.round()).to(b.dtype) for m, b in zip(averages, like.buffers, strict=True)
         )
     extra = {name: numbers[..., 2 + i] for i, name in enumerate(names)}
-    return Received(mean, buffers, loss, examples, gradients, high * LOW + low, finite > 0, extra,
+    if like:
+        extra |= {name: column.sum(-1) for name, column in zip(like.counts, own, strict=False)}
+        extra |= {
+            name: column.max(-1, initial=0) for name, column in zip(like.peaks, own[len(like.counts) :], strict=True)
+        }
+    return Received(mean, buffers, weight[..., 0] > 0, loss, examples, gradients, high * LOW + low, finite > 0, extra,
                     bool((numbers[..., 0] > 0).any()))  # fmt: skip

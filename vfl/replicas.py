@@ -106,9 +106,19 @@ def over_grid(
         inner, reported = at(server.values).server_update(server.inner, mean, key)
         return Varied(inner, server.values), reported
 
+    def idle(server: Varied, key: Tensor) -> tuple[Varied, Mapping[str, Tensor]]:
+        own = at(server.values).idle
+        inner, reported = (server.inner, {}) if own is None else own(server.inner, key)
+        return Varied(inner, server.values), reported
+
+    def expect(server: Varied, payload: Tree) -> Varied:
+        own = at(server.values).expect
+        return server if own is None else Varied(own(server.inner, payload), server.values)
+
     return Algorithm(
         init_server, plain.init_client, broadcast, client_update, server_update,
         receive=plain.receive, combine=plain.combine, personal=of_inner(plain.personal),
+        idle=idle if plain.idle else None, expect=expect if plain.expect else None,
     )  # fmt: skip
 
 
