@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout, numbers_of, state_numbers
+from private_kinds import KINDS, private_kind
 
 import vfl
 from algorithms.fedavg import FedAvg
@@ -44,6 +45,11 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     for name, algorithm in ALGORITHMS.items():
         found[f"most/{name}"] = played(algorithm, mlp(), federated(), 3, clients_per_round=6, evaluation=OFF, **options)
         found[f"two/{name}"] = played(algorithm, mlp(), federated(), 3, clients_per_round=2, evaluation=OFF, **options)
+    for kind in KINDS:
+        algorithm = private_kind(kind, mlp())
+        found[f"private/{kind}"] = played(
+            algorithm, mlp(), federated(), 3, clients_per_round=6, evaluation=OFF, **options
+        )
     poisson = {"sampling": "poisson", "clients_per_round": 1, "evaluation": OFF}
     found["poisson"] = played(Scaffold(), norm_and_dropout(), federated(), 8, **poisson, **options)
     evaluated = {"clients_per_round": 6, "local_steps": 2, "evaluation": vfl.Evaluation(1, 2)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ALGORITHMS, ROOT, SIZES, Numbers, assert_same
+from private_kinds import KINDS
 from rank_worker import WORLDS, scenarios
 
 import vfl
@@ -88,6 +89,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
+             *(f"private/{kind}" for kind in KINDS),
              "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "diverged", "stopped"]  # fmt: skip
 
 
