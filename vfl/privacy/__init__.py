@@ -1,6 +1,7 @@
 """Differential privacy: wrappers of algorithms and tasks."""
 
 from vfl.privacy.central import Adaptive, private
+from vfl.privacy.examples import private_gradients
 from vfl.privacy.local import classical_multiplier, locally_private
 from vfl.privacy.noise import Noise, independent, tree
 
@@ -11,5 +12,6 @@ __all__ = [
     "independent",
     "locally_private",
     "private",
+    "private_gradients",
     "tree",
 ]
