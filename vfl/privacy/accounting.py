@@ -1,0 +1,227 @@
+"""(ε, δ) of a run, by Google's dp-accounting. N population, q sampling rate, z noise multiplier.
+
+What a round releases is the Gaussian mechanism on a sample of the clients; what the sample is, is part of the theorem.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree
+from vfl.errors import UsageError, unknown
+from vfl.local import Batches
+from vfl.privacy.central import of_inner
+from vfl.samplers import Amount, cohort_rate, cohort_size
+from vfl.spec import parse
+
+Accountant = Literal["pld", "rdp"]
+INTERVAL = 1e-3  # of ε, between the points of a privacy loss distribution, which is rounded to the safe side
+_POINTS = 150  # about how many rounds of a run have an ε of their own; those between get the next one's
+
+
+class Plan(NamedTuple):
+    """What an accountant must know about a run, but for the noise.
+
+    Neighbours are two populations of which one has a client more (for uniform sampling: of which one client differs).
+    """
+
+    population: int  # N
+    rate: float  # q, each client's probability to take part in a round
+    delta: float  # δ
+    accountant: Accountant = "pld"
+    fixed_size: bool = False  # cohorts of one size without replacement, in place of Poisson's
+    tree: bool = False  # DP-FTRL: the noise is a tree's, and sampling does not amplify
+
+    @property
+    def cohort(self) -> float:
+        """The expected number of clients in a round."""
+        return self.rate * self.population
+
+    def participations(self, rounds: int) -> tuple[int, float]:
+        """In how many rounds a client takes part at most, but for a probability; and δ less that probability."""
+        if self.rate == 1:
+            return rounds, self.delta
+        from scipy.stats import binom  # which dp-accounting brings
+
+        return max(int(binom.isf(self.delta / 2, rounds, self.rate)), 1), self.delta / 2
+
+
+def make_plan(
+    sampling: str, clients_per_round: Amount, population: int, delta: float, accountant: Accountant, tree: bool = False
+) -> Plan:
+    """The plan of a run with this sampler, which the accountant must know.
+
+    Poisson sampling and a cohort of everyone are known to both accountants, uniform sampling to rdp alone; listed
+    clients are never hidden among others, so that q = 1. Raises UsageError for other samplers.
+    """
+    if not 0 < delta < 1:
+        raise UsageError(f"delta must lie between 0 and 1, not {delta}")
+    if accountant not in get_args(Accountant):
+        raise unknown("accountant", accountant, get_args(Accountant))
+    name = parse(sampling).name
+    if name == "poisson":
+        return Plan(population, cohort_rate(clients_per_round, population), delta, accountant, False, tree)
+    if name == "fixed":
+        return Plan(population, 1.0, delta, accountant, False, tree)
+    if name != "uniform":
+        raise UsageError(f"no accountant knows --sampling {name}; use --sampling poisson, or leave --delta out")
+    rate = cohort_size(clients_per_round, population) / population
+    sampled = rate < 1 and not tree
+    if sampled and accountant == "pld":
+        raise UsageError("the accountant pld knows no cohorts of one size, which --sampling uniform draws; "
+                         "use --sampling poisson, or --accountant rdp, whose ε is larger")  # fmt: skip
+    return Plan(population, rate, delta, accountant, sampled, tree)
+
+
+def epsilon(plan: Plan, noise_multiplier: float, rounds: int) -> float:
+    """ε after so many rounds; infinite without noise."""
+    if noise_multiplier == 0:
+        return math.inf
+    _, delta = plan.participations(rounds) if plan.tree else (0, plan.delta)
+    with _quiet():
+        return float(_accountant(plan).compose(_event(plan, noise_multiplier, rounds)).get_epsilon(delta))
+
+
+def epsilons(plan: Plan, noise_multiplier: float, rounds: Sequence[int]) -> list[float]:
+    """ε after each of these numbers of rounds, in less time than one by one."""
+    if noise_multiplier == 0 or plan.tree or plan.rate == 1:
+        return [epsilon(plan, noise_multiplier, t) for t in rounds]
+    library = _library()
+    with _quiet():
+        if plan.accountant == "rdp":
+            one = _accountant(plan).compose(_event(plan, noise_multiplier, 1))
+            return [float(library.rdp.compute_epsilon(one.orders, t * one.rdp, plan.delta)[0]) for t in rounds]
+        from dp_accounting.pld import privacy_loss_distribution
+
+        one = privacy_loss_distribution.from_gaussian_mechanism(
+            noise_multiplier, sampling_prob=plan.rate, value_discretization_interval=INTERVAL
+        )
+        return [float(one.self_compose(t).get_epsilon_for_delta(plan.delta)) for t in rounds]
+
+
+def solve_noise_multiplier(plan: Plan, target_epsilon: float, rounds: int) -> float:
+    """The smallest z, up to a ten-thousandth, with which so many rounds have ε ≤ target_epsilon.
+
+    Raises UsageError for a target that no noise from 2⁻⁵ to 2²⁰ meets.
+    """
+    if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
+        raise UsageError(f"target-epsilon must be a finite number > 0, not {target_epsilon}")
+    library = _library()
+    low = 1.0
+    if epsilon(plan, low, rounds) > target_epsilon:
+        while epsilon(plan, 2 * low, rounds) > target_epsilon:
+            low *= 2
+            if low > 2**20:
+                raise UsageError(
+                    f"no noise gives ε ≤ {target_epsilon:g} over {rounds} rounds; allow more, or play fewer"
+                )
+    else:
+        low /= 2
+        while epsilon(plan, low, rounds) <= target_epsilon:
+            low /= 2
+            if low < 2**-5:
+                raise UsageError(f"ε = {target_epsilon:g} over {rounds} rounds is no protection; ask for less")
+    _, delta = plan.participations(rounds) if plan.tree else (0, plan.delta)
+    with _quiet():
+        return float(
+            library.calibrate_dp_mechanism(
+                lambda: _accountant(plan), lambda z: _event(plan, z, rounds), target_epsilon, delta,
+                library.ExplicitBracketInterval(low, 2 * low), tol=1e-4 * low,
+            )
+        )  # fmt: skip
+
+
+class Server(NamedTuple):
+    """The server's state."""
+
+    inner: Any  # the algorithm's own
+    t: Tensor  # [] int64 rounds done
+
+    @property
+    def x(self) -> Tensor:
+        """The model [D]."""
+        return self.inner.x
+
+
+def reporting(algorithm: Algorithm, plan: Plan, noise_multiplier: float, rounds: int) -> Algorithm:
+    """The algorithm that reports, as the metric `epsilon`, what its rounds so far have spent.
+
+    The numbers of a run of so many `rounds` are computed beforehand, of the first rounds one by one, then of rounds in
+    geometric progression, the last one among them; those between get the next one's, which is a few percent more at
+    most and never less. Past the run's end ε is infinite.
+    """
+    at = np.unique(np.geomspace(1, rounds, _POINTS).round().astype(np.int64))
+    spent = epsilons(plan, noise_multiplier, at.tolist())
+    table = torch.tensor([0.0, *np.asarray(spent)[np.searchsorted(at, np.arange(1, rounds + 1))], math.inf],
+                         dtype=torch.float64)  # fmt: skip
+
+    def init_server(x: Tensor) -> Server:
+        return Server(algorithm.init_server(x), x.new_zeros((), dtype=torch.int64))
+
+    def broadcast(server: Server, key: Tensor) -> Broadcast:
+        return algorithm.broadcast(server.inner, key)
+
+    def client_update(sent: Tree, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
+        return algorithm.client_update(sent, client, batches, key)
+
+    def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
+        inner, reported = algorithm.server_update(server.inner, mean, key)
+        t = server.t + 1
+        return Server(inner, t), {**reported, "epsilon": table.to(t.device)[t.clamp(max=rounds + 1)]}
+
+    return Algorithm(init_server, algorithm.init_client, broadcast, client_update, server_update, of_inner(algorithm))
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting
+    except ImportError:
+        raise UsageError("privacy accounting needs dp-accounting; run `pip install vfl[privacy]`") from None
+    return dp_accounting
+
+
+def _event(plan: Plan, z: float, rounds: int) -> Any:
+    """So many rounds, as the library describes them."""
+    library = _library()
+    if plan.tree:
+        # A client is in at most depth nodes of the tree a time, so k times change all nodes' sums by at most k √depth.
+        k, _ = plan.participations(rounds)
+        return library.GaussianDpEvent(z / (k * math.sqrt(rounds.bit_length())))
+    if plan.rate == 1:
+        event = library.GaussianDpEvent(z)
+    elif plan.fixed_size:  # another client in its place: the sum changes by up to twice the norm
+        event = library.SampledWithoutReplacementDpEvent(
+            plan.population, round(plan.cohort), library.GaussianDpEvent(z / 2)
+        )
+    else:
+        event = library.PoissonSampledDpEvent(plan.rate, library.GaussianDpEvent(z))
+    return library.SelfComposedDpEvent(event, rounds)
+
+
+def _accountant(plan: Plan) -> Any:
+    library = _library()
+    relations = library.NeighboringRelation
+    relation = relations.REPLACE_ONE if plan.fixed_size else relations.ADD_OR_REMOVE_ONE
+    if plan.accountant == "rdp":
+        return library.rdp.RdpAccountant(neighboring_relation=relation)
+    return library.pld.PLDAccountant(relation, value_discretization_interval=INTERVAL)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings that it leaves out a Rényi order, which makes ε no smaller than it is."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
