@@ -1,4 +1,4 @@
-"""The command line: `vfl run | list | show | data`."""
+"""The command line: `vfl run | list | show | data | privacy`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ vfl: federated-learning simulation
   vfl show RUN [RUN ...]        what a run's folder holds; several are compared
   vfl data get NAME             download a data set
   vfl data show NAME            how a data set is dealt to clients: table, plot
+  vfl privacy --clients N ...   the noise of a target ε, or the ε of a noise
 
 A first run, on embedded data:
 
@@ -85,13 +86,14 @@ def _command(name: str, argv: list[str]) -> int:
     from vfl.cli.catalog import List
     from vfl.cli.data import DataGet, DataShow
     from vfl.cli.inspect import Show
+    from vfl.cli.privacy import PrivacyCommand
 
-    commands = {"list": List, "show": Show, "data get": DataGet, "data show": DataShow}
+    commands = {"list": List, "show": Show, "data get": DataGet, "data show": DataShow, "privacy": PrivacyCommand}
     if name == "data":
         if not argv or argv[0] not in ("get", "show"):
             raise UsageError("vfl data needs `get NAME` or `show NAME`, as in `vfl data show digits`")
         name = f"data {argv.pop(0)}"
     if name not in commands:
-        raise unknown("command", name, ["run", "list", "show", "data"])
+        raise unknown("command", name, ["run", "list", "show", "data", "privacy"])
     parse(commands[name], argv, f"vfl {name}").run()
     return 0

@@ -72,7 +72,7 @@ def make_plan(
     if name == "fixed":
         return Plan(population, 1.0, delta, accountant, False, tree)
     if name != "uniform":
-        raise UsageError(f"no accountant knows --sampling {name}; use --sampling poisson, or leave --delta out")
+        raise UsageError(f"no accountant knows --sampling {name}; use --sampling poisson")
     rate = cohort_size(clients_per_round, population) / population
     sampled = rate < 1 and not tree
     if sampled and accountant == "pld":
