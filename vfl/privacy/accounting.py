@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree
+from vfl.base import Algorithm, Broadcast, Mean
 from vfl.errors import UsageError, unknown
-from vfl.local import Batches
 from vfl.privacy.central import of_inner
 from vfl.samplers import Amount, cohort_rate, cohort_size
 from vfl.spec import parse
@@ -169,15 +168,14 @@ def reporting(algorithm: Algorithm, plan: Plan, noise_multiplier: float, rounds:
     def broadcast(server: Server, key: Tensor) -> Broadcast:
         return algorithm.broadcast(server.inner, key)
 
-    def client_update(sent: Tree, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
-        return algorithm.client_update(sent, client, batches, key)
-
     def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
         inner, reported = algorithm.server_update(server.inner, mean, key)
         t = server.t + 1
         return Server(inner, t), {**reported, "epsilon": table.to(t.device)[t.clamp(max=rounds + 1)]}
 
-    return Algorithm(init_server, algorithm.init_client, broadcast, client_update, server_update, of_inner(algorithm))
+    return algorithm._replace(
+        init_server=init_server, broadcast=broadcast, server_update=server_update, everyone=of_inner(algorithm)
+    )
 
 
 def _library() -> Any:
