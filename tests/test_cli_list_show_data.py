@@ -19,7 +19,7 @@ from vfl.algorithms import algorithms, load_algorithm
 from vfl.cli import data as data_command
 from vfl.cli import main
 from vfl.cli.catalog import TABLES, List, summary, usage
-from vfl.cli.data import DataGet, DataShow
+from vfl.cli.data import DataConvert, DataGet, DataShow
 from vfl.cli.inspect import Show
 from vfl.data.download import SOURCES, Source
 from vfl.spec import parse
@@ -441,7 +441,7 @@ def test_bad_input_ends_with_code_2_and_one_message(
     assert end.value.code == 2 and text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [List, Show, DataGet, DataShow])
+@pytest.mark.parametrize("command", [List, Show, DataGet, DataShow, DataConvert])
 def test_every_option_has_a_help_text(command: type, capsys: pytest.CaptureFixture[str]) -> None:
     import tyro
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vfl.data import DATASETS, Dataset, load
+from vfl.data.formats import FORMATS
 from vfl.errors import UsageError
 
 IDX = {"train": 5, "t10k": 3}  # examples of the small files
@@ -280,4 +281,4 @@ def test_the_real_files_hold_what_is_known_of_them(name: str) -> None:
 
 def test_every_reader_is_tested_here_or_with_the_data_sets_or_leaf() -> None:
     elsewhere = {"digits", "synthetic", "femnist", "shakespeare", "tiny_shakespeare"}
-    assert set(DATASETS) == {*REAL, *elsewhere, "fedprox_synthetic", "quadratic", "libsvm"}
+    assert set(DATASETS) == {*REAL, *elsewhere, *FORMATS, "fedprox_synthetic", "quadratic", "libsvm"}

@@ -22,6 +22,8 @@ vfl: federated-learning simulation
   vfl show RUN [RUN ...]        what a run's folder holds; several are compared
   vfl data get NAME             download a data set
   vfl data show NAME            how a data set is dealt to clients: table, plot
+  vfl data convert NAME FOLDER --format FORM
+                                write it as LEAF or FLUTE read it, or as npz
   vfl privacy --clients N ...   the noise of a target ε, or the ε of a noise
 
 A first run, on embedded data:
@@ -84,14 +86,19 @@ def _command(name: str, argv: list[str]) -> int:
         return run(argv)
     from vfl.cli.arguments import parse
     from vfl.cli.catalog import List
-    from vfl.cli.data import DataGet, DataShow
+    from vfl.cli.data import DataConvert, DataGet, DataShow
     from vfl.cli.inspect import Show
     from vfl.cli.privacy import PrivacyCommand
 
-    commands = {"list": List, "show": Show, "data get": DataGet, "data show": DataShow, "privacy": PrivacyCommand}
+    commands = {
+        "list": List, "show": Show, "data get": DataGet, "data show": DataShow, "data convert": DataConvert,
+        "privacy": PrivacyCommand,
+    }  # fmt: skip
     if name == "data":
-        if not argv or argv[0] not in ("get", "show"):
-            raise UsageError("vfl data needs `get NAME` or `show NAME`, as in `vfl data show digits`")
+        if not argv or argv[0] not in ("get", "show", "convert"):
+            raise UsageError(
+                "vfl data needs `get NAME`, `show NAME` or `convert NAME FOLDER`, as in `vfl data show digits`"
+            )
         name = f"data {argv.pop(0)}"
     if name not in commands:
         raise unknown("command", name, ["run", "list", "show", "data", "privacy"])

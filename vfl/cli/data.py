@@ -1,4 +1,4 @@
-"""`vfl data get` and `vfl data show`."""
+"""`vfl data get`, `vfl data show` and `vfl data convert`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from vfl.data import FederatedData, federated, get, label_table, plot_labels, summary
+from vfl.data.convert import convert
 from vfl.data.download import Progress as Report
 from vfl.errors import UsageError
 from vfl.problems import LinearProblem
@@ -84,6 +85,26 @@ class DataShow:
     def _default(self, data: FederatedData) -> Path:
         words = f"{self.name} {self.partition or ''} {data.clients.population} clients"
         return Path(re.sub(r"[^\w.]+", "-", words).strip("-") + ".png")
+
+
+@dataclass(frozen=True)
+class DataConvert:
+    """Writes a data set whose clients are people in the form that another system reads: LEAF's, FLUTE's, or an npz."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """What to convert, as for --data: leaf:PATH, flute:PATH, tff:PATH, npz:PATH, femnist, ... (`vfl list data`)."""
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Where the files go, one for train and one for test (npz: one for both)."""
+    format: Literal["leaf", "flute_json", "flute_hdf5", "npz"]
+    """The form; flute_hdf5 needs the extra hdf5."""
+    data_root: Path | None = None
+    """Folder of the data sets. Default: $VFL_DATA, else the user's cache."""
+
+    def run(self) -> None:
+        """Writes the files and says what they hold."""
+        console = terminal()
+        for split, path, (packed, names) in convert(self.source, self.folder, self.format, self.data_root):
+            console.print(f"{split}: {len(names):,} users, {len(packed.y):,} examples in {path}", soft_wrap=True)
 
 
 def _print_summary(console: Console, data: FederatedData, partition: str | None) -> None:

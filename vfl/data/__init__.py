@@ -18,6 +18,7 @@ from vfl.data.container import (
     from_list,
     tokens,
 )
+from vfl.data.convert import WRITERS, convert
 from vfl.data.datasets import CLIENTS, DATASETS, data_root, federate, federated, load
 from vfl.data.describe import Summary, label_table, plot_labels, summary
 from vfl.data.download import SOURCES, get
@@ -29,6 +30,7 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "SOURCES",
+    "WRITERS",
     "Assignment",
     "Dataset",
     "Examples",
@@ -39,6 +41,7 @@ __all__ = [
     "Transform",
     "as_stored",
     "cast",
+    "convert",
     "data_root",
     "federate",
     "federated",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vfl.data.container import Dataset, Examples, FederatedData, Packed
+from vfl.data.formats import FORMATS, Splits
 from vfl.data.leaf import femnist, shakespeare
 from vfl.data.libsvm import libsvm
 from vfl.data.partition import check_population, hold_out
@@ -19,6 +22,15 @@ from vfl.data.synthetic import fedprox_synthetic, synthetic
 from vfl.data.text import tiny_shakespeare
 from vfl.errors import UsageError
 from vfl.spec import parse, resolve
+
+
+def _as_dataset(reader: Callable[..., Splits]) -> Callable[..., Dataset]:
+    @functools.wraps(reader)
+    def read(*args: Any, **kwargs: Any) -> Dataset:
+        return reader(*args, **kwargs).dataset()
+
+    return read
+
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "mnist": mnist,
@@ -32,6 +44,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "fedprox_synthetic": fedprox_synthetic,
     "quadratic": quadratic,
     "libsvm": libsvm,
+    **{name: _as_dataset(reader) for name, reader in FORMATS.items()},
 }
 """The data sets by name; a reader may ask for the keyword-only `root`, `clients` and `seed`."""
 

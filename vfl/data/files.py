@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,23 @@ def find(root: Path, folders: Sequence[str], file: str, name: str) -> Path:
             "or point --data-root or VFL_DATA at the folder that has it"
         )
     return path
+
+
+JSON = r"\.json(\.gz|\.xz)?$"
+"""How the names of JSON files end, packed or not."""
+
+
+def split_files(folder: Path, split: str, ending: str) -> list[Path]:
+    """The files below a folder, with this ending (a pattern), that are of a split, train or test.
+
+    The last of the two words in a file's own name says it, or else in its folder's; "" takes files that say neither.
+    """
+
+    def said(path: Path) -> str:
+        return ["", *re.findall("train|test", f"{path.parent.name}/{path.name}")][-1]
+
+    files = (path for path in folder.rglob("*") if re.search(ending, path.name))
+    return sorted(path for path in files if said(path) == split)
 
 
 def unpacked(path: Path, remedy: str) -> bytes:

@@ -6,19 +6,19 @@ A LEAF file is JSON, `{"users": [name, …], "num_samples": [n, …], "user_data
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vfl.data.container import Dataset, Examples, Normalize, Packed, from_arrays, from_list, tokens
-from vfl.data.files import damaged, unpacked
+from vfl.data.container import Dataset, Examples, Normalize, Packed, from_arrays, tokens
+from vfl.data.files import JSON, damaged, split_files
+from vfl.data.json_stream import entries
+from vfl.data.packing import NUMBERS, Encode, Form, pack
 from vfl.data.text import LETTERS, earlier_and_later, encode
 from vfl.errors import UsageError
 
@@ -27,59 +27,20 @@ log = logging.getLogger("vfl")
 MADE_BY_LEAF = ("femnist", "shakespeare")
 """The data sets that LEAF's scripts make, and that nobody serves."""
 
-Encode = Callable[[list[Any], list[Any]], tuple[np.ndarray, np.ndarray]]
-"""One user's x and y as JSON holds them → arrays of as many rows; raises ValueError for what they cannot be."""
-
 _REMEDY = "make it anew with LEAF's preprocess.sh"
 _CONTEXT = 80  # characters before the one to predict
+LEAF = Form("LEAF", lambda path: entries(path, "LEAF", _REMEDY), _REMEDY)
 
 
-def numbers(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs in float32, targets as they are."""
-    return np.asarray(x, np.float32), np.asarray(y)
-
-
-def from_leaf(files: Iterable[str | Path], encode: Encode = numbers) -> tuple[Packed, list[str]]:
+def from_leaf(files: Iterable[str | Path], encode: Encode = NUMBERS) -> tuple[Packed, list[str]]:
     """One client a user, from LEAF's JSON files; a user of several files has the examples of them all.
 
-    Clients stand in the order of the files. Returns them and the N user names. What `num_samples` says is compared
-    with the examples that are there, and a difference logged as a warning: some files count examples that LEAF dropped.
-    Raises UsageError for files that cannot be read or are not of LEAF's form, and what `encode` refuses.
+    Clients stand in the order of the files. Returns them and the N user names. A file is read twice, one user at a
+    time, so that nothing is held but the examples packed. What `num_samples` says is compared with the examples that
+    are there, and a difference logged as a warning: some files count examples that LEAF dropped. Raises UsageError for
+    files that cannot be read or are not of LEAF's form, and what `encode` refuses.
     """
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    wrong = promised = there = 0
-    for path in map(Path, files):
-        for user, count, pair in _users(path, encode):
-            found.setdefault(user, []).append(pair)
-            promised, there = promised + count, there + len(pair[1])
-            wrong += count != len(pair[1])
-    if not there:
-        raise UsageError("LEAF: no files, or none with an example; name the JSON files of one split")
-    if wrong:
-        log.warning(f"num_samples is wrong for {wrong} of {len(found)} users: it promises {promised:,} examples, "
-                    f"but the files hold {there:,}, and those count")  # fmt: skip
-    clients = [
-        (np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])) for pairs in found.values()
-    ]
-    return from_list(clients), list(found)
-
-
-def _users(path: Path, encode: Encode) -> Iterator[tuple[str, int, tuple[np.ndarray, np.ndarray]]]:
-    """(user, what num_samples promises, encoded x and y) of each user of a file."""
-    try:
-        data = json.loads(unpacked(path, _REMEDY))
-        users, counts, user_data = data["users"], data["num_samples"], data["user_data"]
-        people = [(user, int(count), list(user_data[user]["x"]), list(user_data[user]["y"]))
-                  for user, count in zip(users, counts, strict=True)]  # fmt: skip
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise damaged(path, f"it is not of LEAF's form ({type(error).__name__}: {error})", _REMEDY) from None
-    for user, count, x, y in people:
-        if len(x) != len(y):
-            raise damaged(path, f"user {user} has {len(x)} inputs, but {len(y)} targets", _REMEDY)
-        try:
-            yield user, count, encode(x, y)
-        except (ValueError, TypeError) as error:
-            raise damaged(path, f"user {user}: {error}", _REMEDY) from None
+    return pack(files, LEAF, encode)
 
 
 def femnist(*, root: Path) -> Dataset:
@@ -94,7 +55,7 @@ def femnist(*, root: Path) -> Dataset:
     if archives:
         train, test = (_archive(archives[0], split) for split in ("train", "test"))
     else:
-        train, test = (_split(folder, "femnist", split, _images) for split in ("train", "test"))
+        train, test = (_split(folder, "femnist", split, _IMAGES) for split in ("train", "test"))
     if train is None:
         raise _missing(folder, "femnist")
     normalize = Normalize(255.0, (0.9612,), (0.1656,))
@@ -110,7 +71,7 @@ def shakespeare(*, root: Path) -> Dataset:
     is the test set, without those that overlap an earlier one.
     """
     folder = root / "shakespeare"
-    train, test = (_split(folder, "shakespeare", split, _next_character) for split in ("train", "test"))
+    train, test = (_split(folder, "shakespeare", split, _NEXT_CHARACTER) for split in ("train", "test"))
     alone = train if test is None else test if train is None else None
     if alone is not None:
         log.warning(f"{folder} has one of LEAF's two splits, so the last fifth of each role's examples is the test set")
@@ -122,22 +83,36 @@ def shakespeare(*, root: Path) -> Dataset:
     return Dataset("shakespeare", Examples(train.x, train.y), held, len(LETTERS), tokens, offsets=train.offsets)
 
 
-def _images(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """784 grey values from 0 to 1 as bytes [n, 1, 28, 28], labels 0 to 61."""
-    pixels, labels = np.asarray(x, np.float64).reshape(-1, 1, 28, 28), np.asarray(y, np.int64)
+def _pixels(x: list[Any]) -> np.ndarray:
+    """784 grey values from 0 to 1 as bytes [n, 1, 28, 28]."""
+    pixels = np.asarray(x, np.float64).reshape(-1, 1, 28, 28)
     if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(f"a pixel is from 0 to 1, not {pixels.min():g} to {pixels.max():g}")
+    return np.rint(255 * pixels).astype(np.uint8)
+
+
+def _characters_drawn(y: list[Any]) -> np.ndarray:
+    """Labels 0 to 61."""
+    labels = np.asarray(y, np.int64)
     if labels.size and not (labels.min() >= 0 and labels.max() < 62):
         raise ValueError(f"labels are 0 to 61, not {labels.min()} to {labels.max()}")
-    return np.rint(255 * pixels).astype(np.uint8), labels
+    return labels
 
 
-def _next_character(x: list[Any], y: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Strings of 80 characters as numbers [n, 80], and the characters that follow them [n]."""
-    lengths = {len(context) for context in x} | {80 * len(following) for following in y}
-    if lengths - {_CONTEXT}:
-        raise ValueError("x must be strings of 80 characters and y of one")
-    return encode("".join(x)).reshape(-1, _CONTEXT), encode("".join(y))
+def _strings(length: int) -> Callable[[list[Any]], np.ndarray]:
+    """Strings of so many characters as numbers [n, length], or [n] for one."""
+
+    def encoded(texts: list[Any]) -> np.ndarray:
+        if {len(text) for text in texts} - {length}:
+            raise ValueError("x must be strings of 80 characters and y of one")
+        numbers = encode("".join(texts))
+        return numbers.astype(np.int64) if length == 1 else numbers.reshape(-1, length)
+
+    return encoded
+
+
+_IMAGES = Encode(_pixels, _characters_drawn)
+_NEXT_CHARACTER = Encode(_strings(_CONTEXT), _strings(1))
 
 
 def _split(folder: Path, name: str, split: str, encode: Encode) -> Packed | None:
@@ -148,13 +123,7 @@ def _split(folder: Path, name: str, split: str, encode: Encode) -> Packed | None
 
 def leaf_files(folder: Path, split: str) -> list[Path]:
     """The JSON files below a folder that are of a split, train or test: by their own names, else by their folders'."""
-
-    def belongs(path: Path) -> bool:
-        said = re.findall("train|test", f"{path.parent.name}/{path.name}")
-        return bool(said) and said[-1] == split
-
-    files = (path for path in folder.rglob("*") if re.search(r"\.json(\.gz|\.xz)?$", path.name))
-    return sorted(path for path in files if belongs(path))
+    return split_files(folder, split, JSON)
 
 
 def _archive(path: Path, split: str) -> Packed:
