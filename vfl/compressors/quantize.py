@@ -108,30 +108,46 @@ def quantize(bits: int, threshold: float = 0.0, *, layout: Layout) -> Operator:
     Two floats a layer, and `bits` for each entry kept, with its position (⌈log₂ D⌉ bits) if there is a threshold.
     Biased, and without a contraction constant.
     """
+    check_quantize(bits, threshold)
+
+    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        return quantized(v, bits, threshold, layout)
+
+    return Operator(apply, None, None)
+
+
+def check_quantize(bits: int, threshold: float) -> None:
+    """Raises UsageError for parameters out of range."""
     if not 1 <= bits <= 16:
         raise UsageError(f"compressor quantize:{bits} takes from 1 to 16 bits")
     if not 0 <= threshold < 1:
         raise UsageError(f"compressor quantize's threshold is a quantile from 0 to below 1, not {threshold}")
+
+
+def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -> tuple[Tensor, Code]:
+    """`quantize` of v [D] with a threshold that may be a tensor [] below 1, the round's own, and how it is written."""
 
     def layer(v: Tensor) -> tuple[Tensor, Tensor | int]:
         wide = v.to(torch.promote_types(v.dtype, torch.float32))
         low, high = wide.amin(), wide.amax()
         step = (high - low) / (2**bits - 1)  # an infinite one makes every value NaN
         value = low + torch.round((wide - low) / torch.where(step > 0, step, 1)) * step
-        if not threshold:
+        if not isinstance(threshold, Tensor) and not threshold:
             return value.to(v.dtype), v.numel()
         size = v.abs()
-        # The first value at or above the quantile's position, without a sort: for layers of any length.
-        kept = size >= size.kthvalue(math.ceil(threshold * (v.numel() - 1)) + 1).values
+        # The first value at or above the quantile's position, for layers of any length (torch.quantile stops at 2²⁴).
+        if isinstance(threshold, Tensor):
+            at = torch.ceil(threshold.to(torch.float64) * (v.numel() - 1)).long()
+            least_kept = size.sort().values.gather(0, at.unsqueeze(0)).squeeze(0)
+        else:
+            least_kept = size.kthvalue(math.ceil(threshold * (v.numel() - 1)) + 1).values
+        kept = size >= least_kept
         return (value * kept).to(v.dtype), kept.sum()
 
-    def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        values, kept = zip(*map(layer, v.split(layout.sizes)), strict=True)
-        header = 2.0 * layout.float_bits * len(layout.shapes)
-        position = float(layout.position_bits) if threshold else 0.0
-        return torch.cat(values), Code(header, sum(kept), float(bits), position)
-
-    return Operator(apply, None, None)
+    values, kept = zip(*map(layer, v.split(layout.sizes)), strict=True)
+    header = 2.0 * layout.float_bits * len(layout.shapes)
+    position = float(layout.position_bits) if isinstance(threshold, Tensor) or threshold else 0.0
+    return torch.cat(values), Code(header, sum(kept), float(bits), position)
 
 
 def _digits(dtype: torch.dtype) -> int:
