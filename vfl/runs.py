@@ -50,6 +50,7 @@ def create(
                              "or name another folder with --out")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         old = [folder / name for name in (METRICS, MODEL, CURVES, LAUNCH)]
+        old += folder.glob(".*_id")  # by which trackers knew the run that was here
         for path in [*old, *(folder / CHECKPOINTS).glob("*.safetensors"), *_unfinished(folder)]:
             path.unlink(missing_ok=True)
         if launch is not None:
