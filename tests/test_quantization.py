@@ -1,6 +1,5 @@
 """FLUTE's quantization around an algorithm: the compressor's numbers, a threshold that anneals, exact bits."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,6 @@ from vfl.quantization import Quantization
 SIZES = [20, 7, 1]
 D = sum(SIZES)
 LAYOUT = Layout(tuple((size,) for size in SIZES), torch.float64)
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """An algorithm's options and a wrapper's."""
-
-    inner: Any
-    around: Quantization
-
-    def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
-        return self.around.wrap(self.inner.build(task, population), task, population)
 
 
 def reference(v: np.ndarray, bits: int, threshold: float) -> tuple[np.ndarray, float]:
@@ -86,9 +74,10 @@ def test_without_annealing_the_wrapper_is_the_compressor(inner: Any) -> None:
     around = Quantization(quant_bits=4, quant_threshold=0.6)
     compressed = type(inner)(compressor="quantize:4,threshold=0.6")
     options = PARTIAL | {"chunk": 4}
-    found, wanted = (run(a, mlp(), federated(), 3, **options) for a in (Wrapped(inner, around), compressed))
+    found = run(inner, mlp(), federated(), 3, wrappers=[around], **options)
+    wanted = run(compressed, mlp(), federated(), 3, **options)
     assert found.pop("server.t") == 3
-    found = {name.replace("server.server.", "server."): value for name, value in found.items()}
+    found = {name.replace("server.inner.", "server."): value for name, value in found.items()}
     assert_same(found, wanted, 1e-12)
     plain = run(inner, mlp(), federated(), 3, **options)
     assert np.abs(found["server.x"] - plain["server.x"]).max() > 1e-3
@@ -107,19 +96,20 @@ def test_the_threshold_anneals_round_by_round() -> None:
         layout = Layout(task.shapes, torch.float64)
         wanted, code = quantized(change, 6, 0.9 * 0.5**t, layout)
         kept.append(int(code.entries))
-        state, _ = vfl.simulate(Wrapped(FedAvg(), around), task, federated(), t + 1, execution="vmap", **options)
+        state, _ = vfl.simulate(FedAvg(), task, federated(), t + 1, wrappers=[around], execution="vmap", **options)
         torch.testing.assert_close(state.server.x, x + wanted, rtol=1e-12, atol=1e-12)
         x = state.server.x
     assert kept == sorted(set(kept))
 
 
 def test_chunks_loops_and_a_resume_give_the_same_numbers() -> None:
-    algorithm = Wrapped(FedAvgM(), Quantization(quant_bits=4, quant_threshold=0.6, quant_anneal=0.8))
-    wanted = run(algorithm, mlp(), federated(), 4, chunk=100, **PARTIAL)
-    assert_same(run(algorithm, mlp(), federated(), 4, chunk=2, **PARTIAL), wanted, 1e-12)
-    assert_same(run(algorithm, mlp(), federated(), 4, execution="loop", **PARTIAL), wanted, 1e-12)
-    state, first = vfl.simulate(algorithm, mlp(), federated(), 2, execution="vmap", chunk=100, **PARTIAL)
-    state, rest = vfl.simulate(algorithm, mlp(), federated(), 4, state=state, execution="vmap", chunk=100, **PARTIAL)
+    around = Quantization(quant_bits=4, quant_threshold=0.6, quant_anneal=0.8)
+    given: dict[str, Any] = PARTIAL | {"wrappers": [around]}
+    wanted = run(FedAvgM(), mlp(), federated(), 4, chunk=100, **given)
+    assert_same(run(FedAvgM(), mlp(), federated(), 4, chunk=2, **given), wanted, 1e-12)
+    assert_same(run(FedAvgM(), mlp(), federated(), 4, execution="loop", **given), wanted, 1e-12)
+    state, first = vfl.simulate(FedAvgM(), mlp(), federated(), 2, execution="vmap", chunk=100, **given)
+    state, rest = vfl.simulate(FedAvgM(), mlp(), federated(), 4, state=state, execution="vmap", chunk=100, **given)
     assert_same(numbers_of(state, [*first, *rest]), wanted, 1e-12)
 
 
@@ -130,7 +120,7 @@ def test_without_bits_it_is_the_algorithm_itself() -> None:
 
 def test_clients_that_remember_what_they_sent_are_refused() -> None:
     with pytest.raises(vfl.UsageError, match=r"use compressor quantize:4,threshold=0.5 instead"):
-        Wrapped(Scaffold(), Quantization(quant_bits=4, quant_threshold=0.5)).build(mlp(), 8)
+        vfl.simulate(Scaffold(), mlp(), federated(), 1, wrappers=[Quantization(quant_bits=4, quant_threshold=0.5)])
 
 
 @pytest.mark.parametrize(

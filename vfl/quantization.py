@@ -6,13 +6,14 @@ The compressor `quantize:bits,threshold=q` is the same map with one threshold fo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, of_inner, tree_map
 from vfl.compressors.base import Layout
 from vfl.compressors.quantize import check_quantize, quantized
 from vfl.errors import UsageError
@@ -23,13 +24,13 @@ from vfl.task import Task
 class Counted(NamedTuple):
     """An algorithm's server state, and its rounds."""
 
-    server: Tree
+    inner: Any
     t: Tensor  # [] rounds done
 
     @property
     def x(self) -> Tensor:
         """The model [D]."""
-        return self.server.x
+        return self.inner.x
 
 
 class SentWithThreshold(NamedTuple):
@@ -75,8 +76,11 @@ class Quantization:
         def init_server(x: Tensor) -> Counted:
             return Counted(algorithm.init_server(x), torch.zeros_like(x[..., 0], dtype=torch.int64))
 
+        def expect(server: Counted, payload: Tree) -> Counted:
+            return server._replace(inner=algorithm.expect(server.inner, payload)) if algorithm.expect else server
+
         def broadcast(server: Counted, key: Tensor) -> Broadcast:
-            sent = algorithm.broadcast(server.server, key)
+            sent = algorithm.broadcast(server.inner, key)
             threshold = self.quant_threshold * self.quant_anneal ** server.t.to(torch.float64)
             return Broadcast(SentWithThreshold(sent.content, threshold), sent.bits)
 
@@ -98,16 +102,22 @@ class Quantization:
             payload = tree_map(compressed, message.payload)
             return Message(payload, message.weight, torch.stack(sizes).sum()), client, metrics
 
-        def server_update(server: Counted, mean: Mean, key: Tensor) -> tuple[Counted, dict[str, Tensor]]:
-            after, metrics = algorithm.server_update(server.server, mean, key)
-            return Counted(after, server.t + 1), dict(metrics)
+        def server_update(server: Counted, mean: Mean, key: Tensor) -> tuple[Counted, Mapping[str, Tensor]]:
+            inner, reported = algorithm.server_update(server.inner, mean, key)
+            return Counted(inner, server.t + 1), reported
+
+        def idle(server: Counted, key: Tensor) -> tuple[Counted, Mapping[str, Tensor]]:
+            inner, reported = algorithm.idle(server.inner, key) if algorithm.idle else (server.inner, {})
+            return Counted(inner, server.t + 1), reported
 
         everyone = algorithm.everyone
-        return Algorithm(
-            init_server,
-            algorithm.init_client,
-            broadcast,
-            client_update,
-            server_update,
-            None if everyone is None else lambda server: everyone(server.server),
+        return algorithm._replace(
+            init_server=init_server,
+            expect=expect,
+            broadcast=broadcast,
+            client_update=client_update,
+            server_update=server_update,
+            idle=idle,
+            everyone=None if everyone is None else lambda server: everyone(server.inner),
+            personal=of_inner(algorithm.personal),
         )
