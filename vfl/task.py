@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from vfl.convolution import Wanted
 from vfl.errors import UsageError, unknown
 from vfl.formulations import FORMULATIONS
 from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
+from vfl.names import in_norms, select
 from vfl.slots import Stateless
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ GradFn = Callable[[Tensor, Batch, tuple[Tensor, ...]], tuple[Tensor, Aux]]
 """(x [D], batch, buffers) → (gradient [D] of the batch's mean loss at x, aux); the mean is Σ weightⱼ ℓⱼ / B."""
 
 
+class Outputs(Protocol):
+    """The module's outputs [B, ...]: (x [D], batch, buffers) → outputs, as in evaluation unless `training`."""
+
+    def __call__(
+        self, x: Tensor, batch: Batch, buffers: tuple[Tensor, ...], /, *, training: bool = False
+    ) -> Tensor: ...
+
+
 class Task(NamedTuple):
     """A module and a loss, as functions of the flat parameter vector x [D]."""
 
@@ -62,6 +71,8 @@ class Task(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # and their shapes
     buffer_names: tuple[str, ...]
     saved: Mapping[str, str | Tensor]  # state dict entry → the parameter or buffer it holds, or a constant
+    outputs: Outputs
+    norms: frozenset[str] = frozenset()  # names of the parameters and buffers of normalization layers
     problem: LinearProblem | None = None  # what theory knows about the objective on the run's data
 
     @property
@@ -122,6 +133,7 @@ def task(
     loss: Loss = cross_entropy,
     metrics: Mapping[str, Loss] | None = None,
     *,
+    frozen: str | None = None,
     regularizer: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -138,9 +150,11 @@ def task(
     `convolution` says how convolutions with weights of each client's own are computed, which changes nothing but the
     speed: `each` by one call of the library a client, `grouped` by one for all, `unfold` by a matrix product over
     unfolded inputs, `auto` by whichever is fastest here, which is timed once for every shape.
-    Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
-    draws from the batch's key. Raises UsageError for a module with nothing to train and an unknown `convolution`, and
-    `grad_fn` and `evaluate` raise it for a loss or a metric that is not one value an example.
+    `frozen` names parameters that are not trained, as patterns (`0.*`, `*,!last`; see `vfl.names`).
+    They and those with `requires_grad` false are constants outside x, so they are neither sent nor counted; a frozen
+    batch norm normalizes by its running statistics and leaves them. Batch norm ignores padding, and dropout
+    draws from the batch's key. Raises UsageError for a module with nothing to train and an unknown `convolution`,
+    and `grad_fn` and `evaluate` raise it for a loss or a metric that is not one value an example.
     """
     if convolution not in (known := ("auto", *FORMULATIONS)):
         raise unknown("convolution", convolution, known)
@@ -148,7 +162,10 @@ def task(
         known = accuracy if loss is cross_entropy else binary_accuracy if loss is logistic else None
         metrics = {"accuracy": known} if known else {}
     module = functionalize(copy.deepcopy(module), convolution).to(device, dtype).train()
-    frozen = copy.deepcopy(module).eval()
+    norms = in_norms(module)
+    if frozen is not None:
+        _freeze(module, frozen, norms)
+    evaluated = copy.deepcopy(module).eval()
     trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise UsageError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
@@ -192,7 +209,7 @@ def task(
         return values + regularizer(torch.cat([p.reshape(-1) for p in parameters.values()]))
 
     def mean_loss(parameters: dict[str, Tensor], batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
-        outputs, after = forward(training, parameters, batch, buffers)
+        outputs, after = forward(learning, parameters, batch, buffers)
         total = torch.where(batch.mask, losses(parameters, outputs, batch), 0).sum()
         examples = batch.mask.sum()
         return total / examples.clamp(min=1), Aux(total.detach(), examples, after)
@@ -215,8 +232,22 @@ def task(
         values = {name: each(name, f, outputs, batch) for name, f in metrics.items()}
         return {"loss": losses(parameters, outputs, batch)} | values
 
+    def outputs(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...], *, training: bool = False) -> Tensor:
+        return forward(learning if training else evaluating, made.parameters(x), batch, buffers)[0]
+
     buffer_names = tuple(buffers)
-    training, evaluating = (Stateless(net, [*names, *buffer_names, *masks, *keys]) for net in (module, frozen))
+    learning, evaluating = (Stateless(net, [*names, *buffer_names, *masks, *keys]) for net in (module, evaluated))
     functional_grad = grad(lambda x, *given: mean_loss(made.parameters(x), *given), has_aux=True)
-    made = Task(x0, tuple(buffers.values()), grad_fn, evaluate, names, shapes, buffer_names, saved)
+    made = Task(x0, tuple(buffers.values()), grad_fn, evaluate, names, shapes, buffer_names, saved, outputs, norms)
     return made
+
+
+def _freeze(module: nn.Module, patterns: str, norms: frozenset[str]) -> None:
+    """Makes the parameters that the patterns name constants of the module, and a batch norm's statistics with them."""
+    parameters = dict(module.named_parameters())
+    chosen = select(patterns, list(parameters), [n for n, _ in module.named_buffers()], norms, "frozen")
+    for name in chosen & parameters.keys():
+        parameters[name].requires_grad_(False)
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, MaskedBatchNorm) and f"{prefix}.running_mean".lstrip(".") in chosen:
+            layer.eval()
