@@ -32,6 +32,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
     "gradskip": [{"p": 0.5, "q": 0.5}],  # and some clients rest
     "qfedavg": [{}, {"q": 0.5, "lipschitz": 4.0}],
     "dga": [{}, {"statistic": "variance", "beta": 20.0}],
+    "fedper": [{"personal": "*bias"}],  # what every module of these tests has
+    "fedrep": [{"personal": "*bias", "head_passes": 2}],
+    "fedbn": [{"personal": "*bias"}],
+    "lgfedavg": [{"personal": "*,!*bias"}],
+    "ditto": [{"lam": 0.5}],
+    "apfl": [{"alpha": 0.3, "alpha_lr": 0.02}],
     "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }
 

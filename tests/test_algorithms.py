@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import papers
 import papers_local
+import papers_personal
 import papers_robust
 import pytest
 import torch
@@ -31,7 +32,9 @@ from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
 
-REFERENCES = papers.REFERENCES | papers_local.REFERENCES | papers_robust.REFERENCES | COMPRESSED
+REFERENCES = (
+    papers.REFERENCES | papers_local.REFERENCES | papers_robust.REFERENCES | papers_personal.REFERENCES | COMPRESSED
+)
 
 
 class Plan(NamedTuple):

@@ -23,8 +23,9 @@ from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import evaluate, evaluate_clients, objective
-from vfl.local import Batches, Work, descend, float_bits, full_gradient, message
+from vfl.local import Batches, Work, descend, float_bits, full_gradient, keep_where, message
 from vfl.optimizers import Optimizer, clip_norm, optimizer
+from vfl.partial import Part, personal_part
 from vfl.personal import FineTuning, evaluate_personal
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
@@ -64,6 +65,7 @@ __all__ = [
     "Model",
     "ModelAndRate",
     "Optimizer",
+    "Part",
     "Personal",
     "Ranks",
     "Receive",
@@ -97,6 +99,7 @@ __all__ = [
     "evaluate_personal",
     "float_bits",
     "full_gradient",
+    "keep_where",
     "launched",
     "leaves",
     "logistic",
@@ -105,6 +108,7 @@ __all__ = [
     "named_leaves",
     "objective",
     "optimizer",
+    "personal_part",
     "random",
     "regularizer",
     "rounds",

@@ -59,8 +59,8 @@ class FixedPoint:
             at = wrong.nonzero()[0].tolist()
             raise UsageError(
                 f"entry {at} is {float(x[tuple(at)]):g}, but {self.bits} bits with {self.fraction} behind the point "
-                f"hold a sum over {clients} clients only up to ±{bound:g} each; clip it, or take more bits or fewer of them "
-                "behind the point"
+                f"hold a sum over {clients} clients only up to ±{bound:g} each; clip it, or take more bits or fewer "
+                "of them behind the point"
             )
 
 
