@@ -29,6 +29,7 @@ from vfl.partial import Part, personal_part
 from vfl.personal import FineTuning, evaluate_personal
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
+from vfl.rehearsal import Rehearsal, rehearsed
 from vfl.replicas import Replication
 from vfl.robust import Aggregator, aggregator
 from vfl.samplers import Cohort, Sampler, sampler
@@ -70,6 +71,7 @@ __all__ = [
     "Ranks",
     "Receive",
     "Regularizer",
+    "Rehearsal",
     "Replication",
     "Result",
     "Sampler",
@@ -111,6 +113,7 @@ __all__ = [
     "personal_part",
     "random",
     "regularizer",
+    "rehearsed",
     "rounds",
     "sampler",
     "schedule",
