@@ -20,6 +20,7 @@ EMPTY = 1  # that client
 N = len(SIZES)
 FEATURES, CLASSES = 5, 3
 PARTIAL = {"clients_per_round": 6, "batch_size": 4, "seed": 3}  # in 3 rounds, the empty client comes and others do not
+PUBLIC = "synthetic:features=5"  # fits the inputs here
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the defaults alone would test too little
     "fedavg": [{}, {"aggregator": "geometric_median:iterations=3"}],
@@ -38,6 +39,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
     "lgfedavg": [{"personal": "*,!*bias"}],
     "ditto": [{"lam": 0.5}],
     "apfl": [{"alpha": 0.3, "alpha_lr": 0.02}],
+    "feddf": [
+        {"public": PUBLIC, "distill_optimizer": "sgd", "distill_lr": 0.5, "distill_steps": 3},
+        {"public": PUBLIC, "sends": "logits", "public_examples": 12},
+    ],
     "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }
 

@@ -3,9 +3,13 @@
 from typing import Any
 
 import numpy as np
-from helpers import CLASSES, FEATURES, SIZES, N, Numbers
+from helpers import ALGORITHMS, CLASSES, FEATURES, SIZES, N, Numbers, round_keys
 from papers import ROUNDS, Array, Cohorts, gradient, local_model
 
+import vfl
+from algorithms.feddf import public_inputs
+
+FEDDF = [name for name in ALGORITHMS if name.startswith("feddf")]
 BITS = 64  # of a number
 BIAS = np.arange(CLASSES * FEATURES + CLASSES) >= CLASSES * FEATURES  # of softmax regression's x [D]
 
@@ -116,7 +120,43 @@ def apfl(config: Any, cohort: Cohorts, x: Array) -> Numbers:
             "client.1": np.array([alpha[i] for i in ids]), "bits_up": up, "bits_down": down}  # fmt: skip
 
 
+def feddf(config: Any, cohort: Cohorts, x: Array, models: bool, adam: bool) -> Numbers:
+    """Lin et al. 2006.07242, Algorithms 1 and 3; the minibatches of the public inputs are the engine's."""
+    public = public_inputs(config.public, config.public_examples).x.double().numpy()
+    up = down = 0
+    for t in range(ROUNDS):
+        clients = cohort(t)
+        y = {i: local_model(x, b, config.local_lr, lambda g, y: g) for i, b in clients.items() if b}
+        teacher = softmax(sum(logits(y_i, public) for y_i in y.values()) / len(y))
+        x = mean_of(y) if models else x
+        m, v = np.zeros_like(x), np.zeros_like(x)
+        for k in range(config.distill_steps):
+            draw = vfl.random.split(vfl.random.fold_in(round_keys(7, t)[2], k))[0]
+            rows = vfl.random.choice(draw, len(public), min(config.distill_batch_size, len(public))).numpy()
+            r = softmax(logits(x, public[rows])) - teacher[rows]  # ∂KL(p ‖ q)/∂logits = q − p
+            g = np.concatenate([(r.T @ public[rows]).ravel(), r.sum(0)]) / len(rows)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            u = m / (1 - 0.9 ** (k + 1)) / (np.sqrt(v / (1 - 0.999 ** (k + 1))) + 1e-8)
+            x = x - config.distill_lr * (u if adam else g)
+        up += len(y) * (models * x.size + len(public) * CLASSES) * BITS
+        down += len(clients) * x.size * BITS
+    return {"server.x": x, "server.t": ROUNDS, "client.ids": [], "bits_up": up, "bits_down": down}
+
+
+def logits(x: Array, inputs: Array) -> Array:
+    """Softmax regression's outputs."""
+    return inputs @ x[: CLASSES * FEATURES].reshape(CLASSES, FEATURES).T + x[CLASSES * FEATURES :]
+
+
+def softmax(z: Array) -> Array:
+    """Probabilities of the rows."""
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
 REFERENCES = {
+    FEDDF[0]: lambda config, cohort, x: feddf(config, cohort, x, models=True, adam=False),
+    FEDDF[1]: lambda config, cohort, x: feddf(config, cohort, x, models=False, adam=True),
     "fedper-personal=*bias": lambda config, cohort, x: partial(config, cohort, x, BIAS),
     "fedbn-personal=*bias": lambda config, cohort, x: partial(config, cohort, x, BIAS),
     "lgfedavg-personal=*,!*bias": lambda config, cohort, x: partial(config, cohort, x, ~BIAS),
