@@ -64,6 +64,7 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

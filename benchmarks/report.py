@@ -100,18 +100,20 @@ def throughput(result: dict[str, Any]) -> str:
     versions = {row.system: row.version for row in found if row.version}
     work, plays = result["work"], [row for row in found if row.repeats]
     steps = work["epochs"] * work["examples"] // work["batch"]
+    device = "GPU" if work.get("device") == "cuda" else "CPU"
     lines = [
         "## Throughput: clients trained a second",
         "",
-        f"FedAvg, {work['clients']:,} clients, all in every round; each holds {work['examples']} random images of "
-        f"28×28 and makes {steps} SGD steps of {work['batch']}; no evaluation. Clients a second: the median over the "
-        "rounds after the first, then over the repeats. In parentheses, how many times as fast vfl is. Models: softmax "
-        "784→10, mlp 784-200-200-10, cnn conv5×5×32, conv5×5×64, fc512.",
+        f"FedAvg on the {device}, {work['clients']:,} clients, all in every round; each holds {work['examples']} "
+        f"random examples and makes {steps} SGD steps of {work['batch']}; no evaluation. Clients a second: the median "
+        "over the rounds after the first, then over the repeats. In parentheses, how many times as fast vfl is. Models "
+        "on images of 28×28: softmax 784→10, mlp 784-200-200-10, cnn conv5×5×32, conv5×5×64, fc512; lstm on texts of "
+        "80 characters, embedding 8, 2 × 256; resnet18 with group norm on images of 3×32×32.",
         "",
         *header(["system", "", *models]),
         *(line([name, _what(name, versions.get(name)), *(cell(found, name, m) for m in models)]) for name in names),
         "",
-        "![throughput](results/throughput.png)",
+        f"![throughput](results/{result.get('plot', 'throughput.png')})",
         "",
         "In detail: seconds of a round and of the first one (compilation and warm-up included), peak resident memory "
         "over all of a system's processes, the slowest and the fastest repeat, and how far training moved the model: "
@@ -159,6 +161,7 @@ def render(files: Iterable[Path]) -> str:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is not what a benchmark of this project writes ({error!r})") from None
         where = "{cores} cores of {cpu}, torch {torch}, Python {python}".format(**machine)
+        where += f", {machine['gpu']}" if machine.get("gpu") else ""
         title, _, rest = section.partition("\n")
         sections.append(f"{title}\n\n{date}, {where}.\n{rest}")
     if not sections:

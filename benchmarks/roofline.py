@@ -6,11 +6,12 @@ A client's local training needs so many floating-point operations (those of its 
 moves so many bytes: every step reads and writes the model, and every example is read once an epoch. No program takes
 less than the longer of the two, at the peak rates of this machine, which are measured in the same run: the fastest
 matrix product of torch's libraries, and a copy of as many bytes, so that what fits into a cache has the cache's speed.
-The work is that of `benchmarks.throughput`, in float32 on the CPU.
+The work is that of `benchmarks.throughput`, in float32.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,18 +28,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import result, save, seconds
 from benchmarks.systems import ours, torch_loop
 from benchmarks.tables import Column, Row, markdown, number, terminal
-from benchmarks.work import ROUNDS, SIDE, Work, parameters
+from benchmarks.work import ROUNDS, Work, parameters
 from vfl.errors import UsageError
+from vfl.layers import functionalize
 from vfl.matmul import onednn_mm
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch.mm": torch.mm}
 if torch.backends.mkldnn.is_available():
     PRODUCTS["oneDNN"] = onednn_mm
-SIDES = (256, 512, 1024, 2048)  # of the square matrices multiplied
+SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}  # of the square matrices multiplied
 COPIES = tuple(2**n for n in range(18, 30))  # bytes read and written: 256 kB to 512 MB, more than any cache
 TRIES = 9
 
-Model = Literal["softmax", "mlp", "cnn"]
+Model = Literal["softmax", "mlp", "cnn", "lstm", "resnet18"]
 Execution = Literal["vmap", "compile", "loop"]
 Rates = dict[tuple[str, Execution], list[float]]
 """(model, execution) → clients a second, in each repeat."""
@@ -76,19 +78,31 @@ class Demand(NamedTuple):
         return self.flops / peaks.flops, moving
 
 
-def measure_peaks(sides: Sequence[int] = SIDES, copies: Sequence[int] = COPIES, tries: int = TRIES) -> Peaks:
+def measure_peaks(
+    sides: Sequence[int] = (), copies: Sequence[int] = COPIES, tries: int = TRIES, device: str = "cpu"
+) -> Peaks:
     """The best rates seen: a peak is what nothing has slowed down."""
-    products = dict.fromkeys(PRODUCTS, 0.0)
-    for side in sides:
-        a, b = torch.rand(side, side), torch.rand(side, side)
-        for name, product in PRODUCTS.items():
-            best = min(seconds(lambda product=product, a=a, b=b: product(a, b), tries))
-            products[name] = max(products[name], 2 * side**3 / best)
+
+    def best(call: Callable[[], object]) -> float:
+        def finished() -> None:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return min(seconds(finished, tries))
+
+    usable = PRODUCTS if device == "cpu" else {"torch.mm": torch.mm}
+    products = dict.fromkeys(usable, 0.0)
+    for side in sides or SIDES[device]:
+        a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+        for name, product in usable.items():
+            took = best(lambda product=product, a=a, b=b: product(a, b))
+            products[name] = max(products[name], 2 * side**3 / took)
     rates = {}
     for moved in copies:
-        source = torch.rand(moved // 8)  # half of the bytes are read, half are written
+        source = torch.rand(moved // 8, device=device)  # half of the bytes are read, half are written
         target = torch.empty_like(source)
-        rates[moved] = moved / min(seconds(lambda source=source, target=target: target.copy_(source), tries))
+        rates[moved] = moved / best(lambda source=source, target=target: target.copy_(source))
     return Peaks(products, rates)
 
 
@@ -98,15 +112,31 @@ def better(a: Peaks, b: Peaks) -> Peaks:
     return Peaks(products, {moved: max(rate, b.copies[moved]) for moved, rate in a.copies.items()})
 
 
+def _lstm_flops(z: Sequence[int], w: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of `vfl.recurrence`'s operator: W h at each position."""
+    return 2 * math.prod(z) * w[-1]
+
+
+def _lstm_gradient_flops(
+    w: Sequence[int], h: Any, c: Any, hs: Any, cs: Any, a: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """And of its gradient: that of W, and that of each h."""
+    return 2 * _lstm_flops(a, w)
+
+
+FLOPS = {torch.ops.vfl.lstm: _lstm_flops, torch.ops.vfl.lstm_gradient: _lstm_gradient_flops}
+
+
 def demand(model: str, work: Work) -> Demand:
     """What a client of the work needs; operations as torch counts them in plain local training."""
-    net = torch_loop.network(model, parameters(model, work))
-    x, y = torch_loop.tensors(replace(work, clients=1))
-    with FlopCounterMode(display=False) as counter:
+    work = replace(work, device="cpu")
+    net = functionalize(torch_loop.network(model, parameters(model, work)))  # torch does not count its own LSTM's
+    x, y = torch_loop.tensors(replace(work, clients=1), model)
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         torch_loop.train(net, x[0], y[0], work)
     step = 2.0 * sum(p.numel() * p.element_size() for p in net.parameters())
     steps = work.epochs * work.examples // work.batch
-    held = work.examples * SIDE * SIDE * x.element_size()
+    held = x.nbytes
     return Demand(counter.get_total_flops(), steps * step, step, work.epochs * held, work.clients * held)
 
 
@@ -143,10 +173,11 @@ def section(found: dict[str, Any]) -> str:
     return "\n".join([
         "## Roofline: how near the hardware's floor",
         "",
-        f"FedAvg as in the throughput benchmark ({work['clients']} clients, {work['examples']} images each, batches of "
-        f"{work['batch']}), {threads} thread{'s' * (threads > 1)}. The floor is the longer of a client's arithmetic at "
-        "the fastest matrix product's rate and its bytes (the model read and written in each step, the examples once "
-        "an epoch) at that of a copy of such a size.",
+        f"FedAvg as in the throughput benchmark ({work['clients']} clients, {work['examples']} examples each, batches "
+        f"of {work['batch']}), {threads} thread{'s' * (threads > 1)}. The floor is the longer of a client's arithmetic "
+        "at the fastest matrix product's rate and its bytes (the model read and written in each step, the examples "
+        "once an epoch) at that of a copy of such a size."
+        + (" All on the GPU." if work.get("device") == "cuda" else ""),
         "",
         said(found["peaks"]),
         "",
@@ -179,7 +210,7 @@ def main(
     """Measures the machine's peaks and vfl by turns, and prints the fraction of the floor for each execution.
 
     Args:
-        models: softmax, mlp, cnn.
+        models: softmax, mlp, cnn, lstm, resnet18.
         executions: How clients are computed.
         threads: Threads of torch.
         repeats: Runs of each model and execution; the medians are shown.
@@ -191,12 +222,12 @@ def main(
     progress = Console(stderr=True)
     demands = {model: demand(model, work) for model in models}
     rates: Rates = {(model, execution): [] for model in models for execution in executions}
-    peaks = measure_peaks()
+    peaks = measure_peaks(device=work.device)
     for turn in range(1, repeats + 1):
         for (model, execution), found in rates.items():
             found.append(rate(model, work, execution))
             progress.print(f"{turn}/{repeats} {model} {execution}: {number(found[-1])} clients/s", highlight=False)
-        peaks = better(peaks, measure_peaks())
+        peaks = better(peaks, measure_peaks(device=work.device))
     rows = rows_of(demands, rates, peaks)
     found = result("roofline", threads=threads, work=asdict(work), peaks=peaks._asdict(), rows=rows)
     Console().print(terminal(COLUMNS, rows, "vfl beside the roofline", said(found["peaks"])))

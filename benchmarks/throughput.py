@@ -3,9 +3,11 @@
     benchmarks/peers all                                                  # once: the others' environments
     python -m benchmarks.throughput --repeats 3                           # all systems, all models: table, JSON, plot
     python -m benchmarks.throughput --system vfl --model mlp --clients 100 --rounds 30 --json
+    python -m benchmarks.throughput --device cuda --clients 500 --models all --name throughput_cuda   # with a GPU
 
-The work is FedAvg on random images (`benchmarks/work.py`), on the CPU. Every run is a process of its own; repeats take
-turns. A number is the median over the rounds after the first, and then over the repeats.
+The work is FedAvg on random images (`benchmarks/work.py`). Every run is a process of its own; repeats take turns. A
+number is the median over the rounds after the first, and then over the repeats. What takes long or is vfl's and the
+plain loop's alone (lstm, resnet18) is measured when asked for. `python -m benchmarks.report` renders what was written.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from benchmarks.measuring import result, save
 from benchmarks.report import Summary, cell, summaries
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import number
-from benchmarks.work import ROUNDS, Work
+from benchmarks.work import ROUNDS, SMALL, Work
 from vfl.errors import UsageError, unknown
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +47,16 @@ def measure(name: str, model: str, work: Work, peers: Path) -> dict[str, Any]:
     Raises MissingError where the system's environment is missing or its process fails.
     """
     system = SYSTEMS[name]
+    if model not in system.models or work.device not in system.devices:
+        raise MissingError(f"does not run {model} on {work.device}")
     python = Path(sys.executable) if system.environment is None else peers / system.environment / "bin" / "python"
     if not python.exists():
         raise MissingError(f"not installed (run benchmarks/peers {system.environment})")
     work = replace(work, rounds=work.rounds or ROUNDS[model])
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # everyone on the CPU
+    environment = os.environ | {"PYTHONPATH": path}
+    if work.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # for everyone
     launcher: list[str] = []
     if system.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={system.ranks}"]
@@ -118,23 +124,26 @@ def plot(found: Sequence[Summary], path: Path) -> None:
 
 def main(
     systems: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--system"])] = ("all",),
-    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])] = ("all",),
+    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])] = SMALL,
     work: tyro.conf.OmitArgPrefixes[Work] = Work(),  # noqa: B008
     repeats: int = 1,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    name: str = "throughput",
     out: Path = ROOT / "benchmarks" / "results",
     peers: Path = ROOT / ".peers",
 ) -> None:
-    """Measures systems in turn, prints a table, and writes throughput.json and throughput.png.
+    """Measures systems in turn, prints a table, and writes a JSON file and a plot.
 
-    Exits with 1 where a system could not run: not installed, or failed.
+    With all systems, a model or device that a system lacks is left out. Exits with 1 where a system could not run: not
+    installed, or failed.
 
     Args:
         systems: Their names, or all: vfl, vfl-2, vfl-compile, vfl-compile-2, torch-loop, torch-loop-2, jax-loop,
             jax-scan, jax-vmap, pfl, pfl-2, fedjax, flwr.
-        models: softmax, mlp, cnn, or all.
+        models: softmax, mlp, cnn, lstm, resnet18, or all.
         repeats: Runs of each system with each model.
         as_json: Print one line of JSON for each system with each model instead, and write nothing.
+        name: Of the files written: name.json and name.png.
         out: Folder of the results.
         peers: Folder of the environments that benchmarks/peers made.
     """
@@ -144,13 +153,15 @@ def main(
     runs: list[dict[str, Any]] = []
     for turn in range(1, repeats + 1):
         for model in chosen:
-            for name in names:
+            for system in names:
+                if "all" in systems and not (model in (has := SYSTEMS[system]).models and work.device in has.devices):
+                    continue
                 try:
-                    run = measure(name, model, work, peers)
+                    run = measure(system, model, work, peers)
                     said = f"{run['clients_per_s']:,.4g} clients/s"
                 except MissingError as error:
-                    run, said = {"system": name, "model": model, "missing": str(error)}, str(error)
-                console.print(f"{turn}/{repeats} {model} {name}: {said}", highlight=False, markup=False)
+                    run, said = {"system": system, "model": model, "missing": str(error)}, str(error)
+                console.print(f"{turn}/{repeats} {model} {system}: {said}", highlight=False, markup=False)
                 runs.append(run)
     found = summaries(runs)
     if as_json:
@@ -158,9 +169,9 @@ def main(
             print(row.json())
     else:
         Console().print(table(found))
-        save(result("throughput", work=asdict(work), runs=runs), out / "throughput.json")
+        save(result("throughput", work=asdict(work), runs=runs, plot=f"{name}.png"), out / f"{name}.json")
         if any(row.clients_per_s for row in found):
-            plot(found, out / "throughput.png")
+            plot(found, out / f"{name}.png")
     if any(row.missing for row in found):
         sys.exit(1)
 

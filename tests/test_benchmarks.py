@@ -17,7 +17,7 @@ from rich.console import Console
 import vfl
 from benchmarks import report, throughput
 from benchmarks.systems import SYSTEMS, ours, torch_loop
-from benchmarks.work import SHAPES, Work, distance, gaps, parameters, peak_memory
+from benchmarks.work import SHAPES, SMALL, Work, distance, gaps, parameters, peak_memory
 from vfl.errors import UsageError
 from vfl.local import minibatches
 
@@ -57,9 +57,13 @@ def vfl_orders(work: Work, seed: int = 0) -> Iterator[torch.Tensor]:
         yield from rows.reshape(work.clients * work.epochs, work.examples)
 
 
+SIZES = {"lstm": (2, 2, 2), "resnet18": (2, 2, 1)}  # clients, examples, batch: what takes longer
+
+
 @pytest.mark.parametrize("model", SHAPES)
 def test_the_plain_loop_and_vfl_do_the_same_work(monkeypatch, model):
-    work = Work(clients=3, rounds=2, examples=6, batch=2, epochs=2)
+    clients, examples, batch = SIZES.get(model, (3, 6, 2))
+    work = Work(clients=clients, rounds=2, examples=examples, batch=batch, epochs=2 if model in SMALL else 1)
     orders = vfl_orders(work)
     monkeypatch.setattr(torch, "randperm", lambda n: next(orders))
     loop, ours_ = torch_loop.run(model, work), ours.run(model, work)
@@ -68,6 +72,42 @@ def test_the_plain_loop_and_vfl_do_the_same_work(monkeypatch, model):
     assert distance(loop.model, first) > 0.01
     assert distance(loop.model, ours_.model) < 1e-5 * distance(loop.model, first)
     assert len(loop.seconds) == len(ours_.seconds) == work.rounds
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_models_shapes_are_those_of_vfls(model):
+    with torch.device("meta"):
+        made = list(torch_loop.models(model).parameters())
+    assert [tuple(p.shape) for p in made] == list(SHAPES[model])
+    values = parameters(model, Work())
+    assert [v.shape for v in values] == list(SHAPES[model])
+    norms = [(v == 1).all() or (v == 0).all() for v in values if v.ndim == 1]
+    assert sum(norms) == (40 if model == "resnet18" else 0)
+
+
+def test_only_what_a_system_can_do_is_measured_with_all(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(throughput, "measure", lambda name, model, work, peers: asked.append((name, model)) or RUN)
+    monkeypatch.setattr(throughput, "plot", lambda found, path: asked.append(path.name))
+    arguments = ["--models", "lstm", "mlp", "--device", "cuda", "--name", "gpu", "--out", str(tmp_path)]
+    tyro.cli(throughput.main, args=arguments)
+    able = ["vfl", "vfl-compile", "torch-loop"]
+    assert asked == [(name, model) for model in ("lstm", "mlp") for name in able] + ["gpu.png"]
+    text = report.render([tmp_path / "gpu.json"])
+    assert "FedAvg on the GPU" in text and "](results/gpu.png)" in text
+    monkeypatch.undo()
+    with pytest.raises(throughput.MissingError, match="does not run lstm on cpu"):
+        throughput.measure("fedjax", "lstm", TINY, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", SHAPES)
+def test_the_plain_loop_and_vfl_move_a_model_as_far_on_a_gpu(model):
+    work = Work(clients=3, rounds=2, examples=2, batch=2, device="cuda")  # a batch is all there is: no order matters
+    loop, ours_ = torch_loop.run(model, work), ours.run(model, work)
+    first = parameters(model, work)
+    assert distance(loop.model, ours_.model) < 1e-3 * distance(loop.model, first)
+    assert min(loop.peak_memory, ours_.peak_memory) > 1e6
 
 
 def test_a_system_without_its_environment_is_reported(capsys, tmp_path):
@@ -108,6 +148,7 @@ def run(system: str, rate: float, moved: float = 1.0, **other: object) -> dict[s
     return made | numbers | {"execution": None, "chunk": None} | other
 
 
+RUN = run("vfl", 5.0)
 RESULT = {
     "benchmark": "throughput",
     "date": "2025-01-02",

@@ -12,7 +12,7 @@ import tyro
 
 import vfl
 from benchmarks import measuring, report, roofline, scaling
-from benchmarks.work import SHAPES, Work
+from benchmarks.work import SHAPES, SMALL, Work
 from vfl.errors import UsageError
 
 # --- benchmarks.roofline ---
@@ -20,7 +20,7 @@ from vfl.errors import UsageError
 TINY = Work(clients=3, rounds=2, examples=4, batch=4)
 
 
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", SMALL)
 def test_a_clients_demand_is_that_of_its_layers(model):
     work = Work(clients=7, examples=6, batch=2, epochs=3)
     outputs = {2: 1, 4: 28 * 28}  # how often a layer's weights are used: once, or at every pixel
@@ -34,6 +34,19 @@ def test_a_clients_demand_is_that_of_its_layers(model):
     assert need.flops == 2 * products * 6 * 3
     assert need.step == 2 * 4 * D and need.model == 9 * need.step
     assert need.examples == 3 * 6 * 784 * 4 and need.everyone == 7 * 6 * 784 * 4
+
+
+def test_the_demand_of_a_recurrent_and_of_a_residual_network():
+    work = Work(clients=7, examples=2, batch=1)
+    T, H, V = 80, 256, 80
+    products = 2 * 4 * H * 8 + 3 * 4 * H * (H + H + H) + 3 * V * H  # a position's; the first layer's inputs are the
+    products += 4 * H * 8  # embedding's outputs, which have a gradient
+    need = roofline.demand("lstm", work)
+    assert need.flops == 2 * products * T * 2
+    assert need.examples == 2 * T * 8 and need.everyone == 7 * need.examples
+    # He et al. count 0.56 G multiplications and additions of 32×32 pixels; the first layer has no gradient of inputs.
+    first = 3 * 64 * 9 * 32 * 32
+    assert roofline.demand("resnet18", work).flops == pytest.approx(2 * 2 * (3 * 0.5554e9 - first), rel=1e-3)
 
 
 def test_the_floor_is_the_longer_of_arithmetic_and_bytes():

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from benchmarks.work import SHAPES, SMALL
+
+EVERY = tuple(SHAPES)
+
 
 class System(NamedTuple):
     """One system, used as its own documentation does."""
@@ -14,18 +18,25 @@ class System(NamedTuple):
     environment: str | None = None  # of `benchmarks/peers`; None: this project's own
     ranks: int = 1  # processes; several have one thread each and share the clients
     note: str = ""  # what to know when reading its numbers
+    models: tuple[str, ...] = SMALL
+    devices: tuple[str, ...] = ("cpu",)
 
 
 SYSTEMS = {
-    "vfl": System("ours:run", "vfl", "torch"),
-    "vfl-2": System("ours:run", "vfl, 2 processes of one thread", "torch", ranks=2),
+    "vfl": System("ours:run", "vfl", "torch", models=EVERY, devices=("cpu", "cuda")),
+    "vfl-2": System("ours:run", "vfl, 2 processes of one thread", "torch", ranks=2, models=EVERY),
     "vfl-compile": System(
         "ours:compiled", "vfl, compiled", "torch",
         note="Steady state of a run long enough to repay the compilation, which is the first round's.",
+        models=EVERY, devices=("cpu", "cuda"),
     ),
-    "vfl-compile-2": System("ours:compiled", "vfl, compiled, 2 processes of one thread", "torch", ranks=2),
-    "torch-loop": System("torch_loop:run", "plain PyTorch loop", "torch"),
-    "torch-loop-2": System("torch_loop:run", "plain PyTorch loop, 2 processes of one thread", "torch", ranks=2),
+    "vfl-compile-2": System(
+        "ours:compiled", "vfl, compiled, 2 processes of one thread", "torch", ranks=2, models=EVERY
+    ),
+    "torch-loop": System("torch_loop:run", "plain PyTorch loop", "torch", models=EVERY, devices=("cpu", "cuda")),
+    "torch-loop-2": System(
+        "torch_loop:run", "plain PyTorch loop, 2 processes of one thread", "torch", ranks=2, models=EVERY
+    ),
     "jax-loop": System("jax_by_hand:loop", "hand-written JAX: loop over a jitted client", "jax", "jax"),
     "jax-scan": System(
         "jax_by_hand:scan", "hand-written JAX: jitted scan over clients", "jax", "jax",

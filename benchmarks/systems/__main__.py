@@ -20,7 +20,7 @@ def main(name: str, model: str, work: Work) -> None:
     outcome = getattr(importlib.import_module(f"benchmarks.systems.{module}"), function)(model, work)
     line = {
         "seconds": outcome.seconds,
-        "peak_rss": outcome.peak_rss or peak_memory(),
+        "peak_rss": outcome.peak_memory or peak_memory(),
         "moved": distance(outcome.model, parameters(model, work)),
         "version": f"{SYSTEMS[name].package} {version(SYSTEMS[name].package)}",
         "execution": outcome.execution,

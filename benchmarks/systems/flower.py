@@ -63,4 +63,4 @@ def run(model: str, work: Work) -> Outcome:
         peak.append(peak_memory())  # as long as the workers live
 
     run_simulation(server, client, work.clients, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
-    return Outcome(gaps(moments), result[0], peak_rss=peak[0])
+    return Outcome(gaps(moments), result[0], peak_memory=peak[0])

@@ -9,32 +9,35 @@ import torch
 
 import vfl
 from algorithms.fedavg import FedAvg
-from benchmarks.work import CLASSES, SIDE, Outcome, Work, examples, parameters, timed
+from benchmarks.systems.torch_loop import gpu_memory, models, tensors
+from benchmarks.work import CHARACTERS, CLASSES, Outcome, Work, parameters, timed
 
-COMPILED_CHUNK = {"softmax": 50, "mlp": 10, "cnn": 2}
-"""Clients at once: a few megabytes of models, which stay in the caches."""
+COMPILED_CHUNK = {"softmax": 50, "mlp": 10, "cnn": 2, "lstm": 4, "resnet18": 1}
+"""Clients at once on a CPU: a few megabytes of models, which stay in the caches."""
 
 
 def compiled(model: str, work: Work) -> Outcome:
     """`run` with `execution="compile"`."""
-    return run(model, work, execution="compile", chunk=min(COMPILED_CHUNK[model], work.clients))
+    at_once = work.clients if work.device == "cuda" else min(COMPILED_CHUNK[model], work.clients)
+    return run(model, work, execution="compile", chunk=at_once)
 
 
 def run(model: str, work: Work, **options: Any) -> Outcome:
     """FedAvg by `vfl.rounds`, under torchrun on all ranks."""
-    module = vfl.models.model(model, (1, SIDE, SIDE), CLASSES)
+    module = models(model)
     for tensor, values in zip(module.parameters(), parameters(model, work), strict=True):
         tensor.data.copy_(torch.from_numpy(values))
-    task = vfl.task(module)
-    x, y = examples(work)
+    task = vfl.task(module, device=work.device)
+    x, y = (values.flatten(0, 1) for values in tensors(work, model))
     users = np.repeat(np.arange(work.clients), work.examples)
-    clients, _ = vfl.data.from_arrays(x.reshape(-1, 1, SIDE, SIDE), y.reshape(-1), users)
-    data = vfl.data.FederatedData("random", clients, None, None, None, CLASSES, vfl.data.cast)
+    clients, _ = vfl.data.from_arrays(x, y, users)
+    classes, transform = (CHARACTERS, vfl.data.as_stored) if model == "lstm" else (CLASSES, vfl.data.cast)
+    data = vfl.data.FederatedData("random", clients, None, None, None, classes, transform)
     with vfl.launched(task.x.device) as ranks:
         stream = vfl.rounds(
             FedAvg(local_lr=work.lr), task, data, work.rounds, clients_per_round=work.clients, ranks=ranks,
             batch_size=work.batch, local_epochs=work.epochs, evaluation=vfl.Evaluation(every=0), **options,
         )  # fmt: skip
         seconds, (state, metrics) = timed(stream)
-    trained = [p.numpy() for p in task.parameters(state.server.x).values()]
-    return Outcome(seconds, trained, metrics["execution"], metrics["chunk"])
+    trained = [p.cpu().numpy() for p in task.parameters(state.server.x).values()]
+    return Outcome(seconds, trained, metrics["execution"], metrics["chunk"], gpu_memory(work))

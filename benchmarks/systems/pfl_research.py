@@ -65,7 +65,7 @@ class Clock(TrainingProcessCallback):
 def run(model: str, work: Work) -> Outcome:
     """FedAvg; under torchrun pfl splits the clients over the processes."""
     asyncio.set_event_loop(asyncio.new_event_loop())  # pfl runs on the current loop and expects to find one
-    net = Net(*network(model, parameters(model, work)))
+    net = Net(network(model, parameters(model, work)))
     held = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), lr=1.0))
     datasets = {c: Dataset((x, y), user_id=str(c)) for c, (x, y) in enumerate(zip(*tensors(work), strict=True))}
     data = FederatedDataset(datasets.__getitem__, get_user_sampler("minimize_reuse", list(datasets)))
