@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vfl import random
 from vfl.errors import UsageError
-from vfl.spec import resolve
+from vfl.spec import parse, resolve
 
 
 class Cohort(NamedTuple):
@@ -29,7 +29,7 @@ class Sampler(NamedTuple):
 
 
 Amount = str | int | float
-"""How many clients: a count, a fraction (`0.1`, `10%`) of the population, or `all`."""
+"""How many clients: a count, a fraction (`0.1`, `10%`) of the population, `all`, or for `sampler` a range (`5..20`)."""
 
 
 def cohort_size(amount: Amount, population: int) -> int:
@@ -136,8 +136,33 @@ SAMPLERS = {f.__name__: f for f in (uniform, replacement, poisson, fixed, weight
 
 
 def sampler(spec: str, amount: Amount, offsets: np.ndarray) -> Sampler:
-    """The sampler that `uniform | replacement | poisson | weighted | fixed:0,3,5` names, of `amount` clients."""
+    """The sampler that `uniform | replacement | poisson | weighted | fixed:0,3,5` names, of `amount` clients.
+
+    An amount `5..20` is a range: each round draws its size first, every size equally likely.
+    """
+    low, dots, high = str(amount).partition("..")
+    if dots:
+        return ranged(spec, low, high, offsets)
     return resolve(spec, SAMPLERS, "sampler", amount=amount, offsets=offsets)
+
+
+def ranged(spec: str, low: Amount, high: Amount, offsets: np.ndarray) -> Sampler:
+    """The named sampler with S uniform on low … high, drawn anew in each round."""
+    least, most = (cohort_size(amount, len(offsets) - 1) for amount in (low, high))
+    if least > most:
+        raise UsageError(f"clients-per-round {low}..{high} ends below its beginning; write the smaller number first")
+    if parse(spec).name in ("poisson", "fixed"):
+        why = "varies by itself" if parse(spec).name == "poisson" else "is the same in every round"
+        raise UsageError(f"clients-per-round {low}..{high}: a cohort of sampler {spec} {why}, so give one number")
+
+    def of_size(count: int) -> Sampler:
+        return resolve(spec, SAMPLERS, "sampler", amount=count, offsets=offsets)
+
+    def draw(key: Tensor) -> Cohort:
+        size_key, cohort_key = random.split(key).unbind(-1)
+        return of_size(int(random.generator(size_key).integers(least, most + 1))).draw(cohort_key)
+
+    return Sampler(draw, of_size(most).distinct, False)
 
 
 def _plain(ids: np.ndarray) -> Cohort:

@@ -80,6 +80,19 @@ def linear(warmup: int, start: float | None = None) -> Schedule:
     return lambda t: first + (1 - first) * _progress(t, warmup)
 
 
+def ramp(up: int, keep: int, decay: int, final: float = 0.01) -> Schedule:
+    """Ramp up, keep, decay, keep: a line to 1 at t = up (as `linear`), 1 for `keep` rounds, then final^(s / decay) in
+    the s-th round after these, down to `final`, which stays.
+    """
+    _whole("ramp", decay=decay)
+    if up < 0 or keep < 0:
+        raise UsageError(f"ramp: up and keep are numbers of rounds ≥ 0, not {up} and {keep}")
+    if not 0 < final <= 1:
+        raise UsageError(f"ramp: final is a factor of the base rate above 0 and at most 1, not {final}")
+    rise = linear(up) if up else constant()
+    return lambda t: rise(t) * final ** _progress((_float(t) - up - keep).clamp(min=0), decay)
+
+
 SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
     "constant": constant,
     "step": step,
@@ -87,6 +100,7 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "exponential": exponential,
     "linear": linear,
+    "ramp": ramp,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,9 @@ from vfl.engine import Engine, RoundMetrics, State
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
 from vfl.local import BatchSize, Draw, Reshuffle, Work
 from vfl.personal import evaluate_personal
+from vfl.plateau import Plateau
 from vfl.replicas import Replication, over_grid, stacked, summarized
+from vfl.stopping import Stopping
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
 from vfl.wrappers import Wrapper, wrapped
@@ -37,9 +39,10 @@ class Result(NamedTuple):
 class Evaluation(NamedTuple):
     """When to evaluate what: every so many rounds (0: never), and always after the last one."""
 
-    every: int = 1  # the global test and validation sets, and the metrics
+    every: int = 1  # the global test set, the validation set unless it has its own, and the metrics
     clients_every: int = 0  # the clients' own data: what was held out of it, else what they train on
     metrics: tuple[str, ...] = ()  # of the objective f: objective, grad_norm, suboptimality, distance
+    validation_every: int | None = None  # the global validation set; None: as often as the test set
 
 
 def rounds(
@@ -53,12 +56,15 @@ def rounds(
     local_epochs: int = 1,
     local_steps: int | None = None,
     evaluation: Evaluation = Evaluation(),
+    stopping: Stopping = Stopping(),
+    plateau: Plateau = Plateau(),
     state: State | None = None,
     stop: Callable[[], bool] = lambda: False,
     **engine: Any,
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """Plays rounds and yields (state, metrics) after each, until `rounds` are done or `stop()` is true on some rank.
 
+    `stopping` ends the run early by its metrics; `plateau` lowers a step size where one no longer improves.
     `batch_size` is a count, a share of each client's examples (`0.1`, `10%`) or None for all of them; `draw` and
     `reshuffle`, keywords too, are those of `vfl.Work`. `state` continues an earlier run; every other keyword goes to
     `vfl.Engine` (clients_per_round, sampling, execution, chunk, client_state, on_nonfinite, profile, importance,
@@ -77,10 +83,16 @@ def rounds(
     Raises UsageError, DivergedError, ClientError.
     """
     player = make_engine(
-        algorithm, task, data, batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps, **engine
+        plateau.configure(algorithm),
+        task,
+        data,
+        batch_size=batch_size,
+        local_epochs=local_epochs,
+        local_steps=local_steps,
+        **engine,
     )
     start = player.init(seed) if state is None else state
-    yield from play(player, start, rounds, evaluation=evaluation, stop=stop)
+    yield from play(player, start, rounds, evaluation=evaluation, stopping=stopping, plateau=plateau, stop=stop)
 
 
 def make_engine(
@@ -119,18 +131,25 @@ def play(
     rounds: int,
     *,
     evaluation: Evaluation = Evaluation(),
+    stopping: Stopping = Stopping(),
+    plateau: Plateau = Plateau(),
     stop: Callable[[], bool] = lambda: False,
+    history: Iterable[RoundMetrics] = (),
 ) -> Iterator[tuple[State, RoundMetrics]]:
-    """`rounds` on an engine, from a state of its own."""
+    """`rounds` on an engine, from a state of its own.
+
+    `history` are the metrics of the rounds before, which a resumed run's `stopping` goes on from. With a `plateau`, the
+    engine's algorithm is built from the options that `plateau.configure` returns.
+    """
     check_metrics(evaluation.metrics, engine.task)
-    memory = Memory(engine.device)
-    while state.round < rounds:
+    memory, standing = Memory(engine.device), stopping.standing(history)
+    while state.round < rounds and stopping.reason(standing) is None:
         before = state.totals
         state, metrics = engine.play(state, rounds, stop)
         for name in ("bits_up", "bits_down"):
             metrics[f"round_{name}"] = (np.asarray(metrics[name]) - np.asarray(getattr(before, name))).tolist()
-        stopping = metrics.pop("stopping")
-        last = stopping or state.round == rounds
+        asked = metrics.pop("stopping")
+        last = asked or state.round == rounds
         with engine.clock("evaluation"):
             if engine.replicas is None:
                 found = scores(engine.task, engine.data, state, evaluation, last, engine.ranks)
@@ -148,8 +167,12 @@ def play(
             metrics["memory"] = peak
             memory.used()  # on a GPU, a new measurement begins
         metrics |= found
-        yield state, metrics if engine.replicas is None else summarized(metrics, engine.replicas)
-        if stopping:
+        if engine.replicas is not None:
+            metrics = summarized(metrics, engine.replicas)
+        state, metrics = plateau.after(state, metrics)
+        standing = stopping.after(standing, metrics)
+        yield state, metrics
+        if asked:
             return
 
 
@@ -171,13 +194,16 @@ def scores(
 ) -> dict[str, float]:
     """The evaluation metrics that are due after this round."""
     x, found = state.server.x, {}
-    if _due(when.every, state, last):
-        for split, examples in (("test", data.test), ("validation", data.validation)):
-            if examples is not None:
-                values = evaluate(task, x, state.buffers, examples, data.transform, ranks)
-                found |= {f"{split}_{name}": value for name, value in values.items()}
-        if when.metrics:
-            found |= measure(when.metrics, task, x, state.buffers, data.clients, data.transform, ranks)
+    splits = {
+        "test": (data.test, when.every),
+        "validation": (data.validation, when.every if when.validation_every is None else when.validation_every),
+    }
+    for split, (examples, every) in splits.items():
+        if examples is not None and _due(every, state, last):
+            values = evaluate(task, x, state.buffers, examples, data.transform, ranks)
+            found |= {f"{split}_{name}": value for name, value in values.items()}
+    if when.metrics and _due(when.every, state, last):
+        found |= measure(when.metrics, task, x, state.buffers, data.clients, data.transform, ranks)
     if _due(when.clients_every, state, last):
         own, split = (data.clients, "train") if data.held_out is None else (data.held_out, "test")
         spreads = evaluate_clients(task, x, state.buffers, own, data.transform, ranks)
