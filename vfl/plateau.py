@@ -46,7 +46,8 @@ class SteeredConfig(NamedTuple):
 
     def build(self, task: Task, population: int) -> Algorithm:
         """The algorithm for this task."""
-        return _steered(over_grid(self.config, task, population, [self.plateau.plateau_rate]), task, self.plateau)
+        over = over_grid(self.config, lambda config: config.build(task, population), [self.plateau.plateau_rate])
+        return _steered(over, task, self.plateau)
 
 
 @dataclass(frozen=True, kw_only=True)
