@@ -226,9 +226,6 @@ def task(
         pieces = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return torch.cat([piece.reshape(-1) for piece in pieces]), aux
 
-    def outputs(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> Tensor:
-        return forward(evaluating, made.parameters(x), batch, buffers)[0]
-
     def evaluate(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         parameters = made.parameters(x)
         outputs, _ = forward(evaluating, parameters, batch, buffers)
