@@ -1,14 +1,22 @@
 """Late updates and FedBuff's buffer, against a simulation that keeps a list of events in plain Python."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
+import cli_runs
 import numpy as np
 import papers
 import pytest
 import torch
+from cli_runs import SMALL, assert_same_run, here
 from helpers import (
     ALGORITHMS,
+    ROOT,
     SIZES,
     N,
     Numbers,
@@ -31,6 +39,8 @@ from vfl import checkpoint, delays, execute, random
 from vfl.delays import DELAYS, Delays, Staleness
 from vfl.devices import Devices
 from vfl.spec import resolve
+
+__all__ = ["here"]
 
 ROUNDS, SEED = 14, 7
 WORK = vfl.Work(4, 1)
@@ -226,6 +236,41 @@ def test_pending_updates_survive_a_kill(config, tmp_path):
         assert [m[name] for m in rest] == [m[name] for m in history[4:]]
 
 
+LATE = """
+import os, signal
+import vfl
+from algorithms.scaffold import Scaffold
+
+class Late(Scaffold):
+    def build(self, task, population):
+        delays = vfl.Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt")
+        algorithm = delays.wrap(super().build(task, population), task, population)
+
+        def broadcast(server, key):
+            if "KILL" in os.environ and int(server.inner.t) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return algorithm.broadcast(server, key)
+
+        return algorithm._replace(broadcast=broadcast)
+"""
+
+
+def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_end(here):
+    Path("late.py").write_text(LATE)
+    arguments = ("late:Late", *SMALL, "--rounds", "9", "--checkpoint-every", "2", "--quiet")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "KILL": "yes"}
+    killed = subprocess.run([sys.executable, "-m", "vfl", "run", *arguments, "--out", "killed"], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    before = cli_runs.metrics(Path("killed"))
+    assert 4 < len(before) < 9 and cli_runs.newest(Path("killed")).stem == "round-00000004"
+    assert cli_runs.vfl("--resume", "--out", "killed", "--quiet") == 0
+    assert cli_runs.vfl(*arguments, "--out", "whole") == 0
+    assert_same_run(Path("killed"), Path("whole"))
+    rows = cli_runs.metrics(Path("whole"))
+    assert sum(row["arrived"] for row in rows) + rows[-1]["pending"] == 6 * 9, "every update arrives once or is pending"
+
+
 def test_replicas_equal_their_runs_alone():
     chosen, task = PLANS["fedbuff"].delays, mlp()
     algorithm = Devices(client_dropout=0.6).wrap(FedAvg().build(task, N), task, N)
@@ -321,13 +366,9 @@ def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ppmarina", "frecon"])
-def test_algorithms_that_ask_everyone_run_without_delays(name):
-    config = ALGORITHMS[name]
-    if config.build(mlp(), N).everyone is None:
-        pytest.skip(f"{name} asks a sample in every round")
+def test_algorithms_that_ask_everyone_run_without_delays():
     with pytest.raises(vfl.UsageError, match="asks all clients in some rounds"):
-        SCAFFOLD.delays.wrap(config.build(mlp(), N), mlp(), N)
+        SCAFFOLD.delays.wrap(ALGORITHMS["marina"].build(mlp(), N), mlp(), N)
 
 
 @pytest.mark.parametrize(("chosen", "how"), [(SCAFFOLD.delays, "delays"), (Delays(buffer_size=8), "a buffer")])

@@ -10,7 +10,8 @@ from vfl.errors import UsageError
 from vfl.schedules import SCHEDULES, product, schedule
 
 ROUNDS = 30
-SPECS = ["constant", "step:7,0.5", "multistep:3,9,20,factor=0.3", "cosine:20,0.1", "exponential:0.9", "linear:6"]
+SPECS = ["constant", "step:7,0.5", "multistep:3,9,20,factor=0.3", "cosine:20,0.1", "exponential:0.9", "linear:6",
+         "ramp:3,5,10"]  # fmt: skip
 
 
 def rounds(count: int = ROUNDS, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -19,6 +19,8 @@ from vfl.base import (
     tree_map,
 )
 from vfl.compressors import Compressed, Compressor, compressor
+from vfl.delays import Delays
+from vfl.devices import Devices
 from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State
 from vfl.errors import ClientError, DivergedError, UsageError
@@ -27,6 +29,8 @@ from vfl.local import Batches, Work, descend, float_bits, full_gradient, keep_wh
 from vfl.optimizers import Optimizer, clip_norm, optimizer
 from vfl.partial import Part, personal_part
 from vfl.personal import FineTuning, evaluate_personal
+from vfl.plateau import Plateau
+from vfl.pretrained import pretrained
 from vfl.problems import LinearProblem, Smoothness, Solution, smoothness, solution
 from vfl.regularizers import Regularizer, regularizer
 from vfl.rehearsal import Rehearsal, rehearsed
@@ -35,6 +39,7 @@ from vfl.robust import Aggregator, aggregator
 from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
+from vfl.stopping import Stopping
 from vfl.task import Aux, Batch, Task, accuracy, binary_accuracy, cross_entropy, logistic, squared_error, task
 from vfl.theory import Setting, by_theory
 from vfl.training import AlgorithmConfig, LocalTraining, ModelAndRate, Trainer
@@ -54,6 +59,8 @@ __all__ = [
     "Combine",
     "Compressed",
     "Compressor",
+    "Delays",
+    "Devices",
     "DivergedError",
     "Engine",
     "Evaluation",
@@ -68,6 +75,7 @@ __all__ = [
     "Optimizer",
     "Part",
     "Personal",
+    "Plateau",
     "Ranks",
     "Receive",
     "Regularizer",
@@ -80,6 +88,7 @@ __all__ = [
     "Smoothness",
     "Solution",
     "State",
+    "Stopping",
     "Task",
     "Trainer",
     "Tree",
@@ -111,6 +120,7 @@ __all__ = [
     "objective",
     "optimizer",
     "personal_part",
+    "pretrained",
     "random",
     "regularizer",
     "rehearsed",

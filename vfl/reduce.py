@@ -149,8 +149,11 @@ def reduce(
     flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, sums.clients, flag, report.flatten(-2)], dim=-1))
     sizes = like.sizes if like else [1, 1]
     *parts, weight, clients, stopping, report = flat.split([*sizes, 1, cohort * columns], dim=-1)
-    total = weight.sum(-1, keepdim=True)
-    scale, first, whole = (torch.where(w > 0, 1 / w, 0) for w in (weight, weight[..., :1], total))
+    total, scale = weight, torch.where(weight > 0, 1 / weight, 0)
+    first = whole = scale
+    if like and like.lead:
+        total, first = weight.sum(-1, keepdim=True), scale[..., :1]
+        whole = torch.where(total > 0, 1 / total, 0)
     names = like.extra if like else ()
     extras = [part * whole for part in parts[len(parts) - len(names) :]]
     # Reading these numbers waits for the device.

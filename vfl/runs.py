@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, model.safetensors, checkpoints/, curves.png."""
+"""A run's folder: config.yaml, metrics.jsonl, model.safetensors, best.safetensors, checkpoints/, curves.png."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from vfl.engine import RoundMetrics
 from vfl.errors import UsageError
 
-CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, TRACE = FILES = (
-    "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "curves.png", "trace.json",
+CONFIG, METRICS, MODEL, CHECKPOINTS, CURVES, TRACE, BEST = FILES = (
+    "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "curves.png", "trace.json", "best.safetensors",
 )  # fmt: skip
 LAUNCH = ".launch"
 
@@ -49,7 +49,7 @@ def create(
             raise UsageError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
                              "or name another folder with --out")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        old = [folder / name for name in (METRICS, MODEL, CURVES, LAUNCH)]
+        old = [folder / name for name in (METRICS, MODEL, BEST, CURVES, LAUNCH)]
         old += folder.glob(".*_id")  # by which trackers knew the run that was here
         for path in [*old, *(folder / CHECKPOINTS).glob("*.safetensors"), *_unfinished(folder)]:
             path.unlink(missing_ok=True)
