@@ -18,7 +18,7 @@ from algorithms.fedavg import FedAdam
 from vfl import checkpoint, models, runs
 from vfl.algorithms import algorithms, load_algorithm
 from vfl.cli import _main
-from vfl.cli.options import ABOUT_THE_CALL, RunOptions, parse_run
+from vfl.cli.options import ABOUT_THE_CALL, GROUPS, RunOptions, option_fields, parse_run
 from vfl.data import federated
 
 __all__ = ["here"]
@@ -92,7 +92,7 @@ def test_a_run_says_what_it_reached_and_where_everything_is(digits):
 
 def test_the_configuration_holds_every_option(digits):
     config = yaml.safe_load((digits[0] / "config.yaml").read_text())
-    options = {f.name for cls in (RunOptions, load_algorithm("fedavg")) for f in dataclasses.fields(cls)}
+    options = set(option_fields(load_algorithm("fedavg")))
     assert set(config) == (options - ABOUT_THE_CALL) | {"algorithm"}
     assert (config["algorithm"], config["partition"], config["rounds"]) == ("fedavg", "dirichlet:0.3", 4)
 
@@ -659,6 +659,12 @@ def test_a_batch_above_every_clients_data_is_all_of_it(value, here):
 
 
 @pytest.mark.parametrize("name", algorithms())
+def test_no_two_parts_of_a_run_have_an_option_of_one_name(name):
+    parts = (RunOptions, *GROUPS.values(), load_algorithm(name))
+    assert len(option_fields(load_algorithm(name))) == sum(len(dataclasses.fields(part)) for part in parts)
+
+
+@pytest.mark.parametrize("name", algorithms())
 def test_help_shows_every_option_with_its_default_at_80_columns(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert vfl(name, "--help") == 0
@@ -668,7 +674,7 @@ def test_help_shows_every_option_with_its_default_at_80_columns(name, monkeypatc
     found = {
         box.split()[0].removeprefix("--").replace("-", "_"): " ".join(box.replace("│", " ").split()) for box in boxes
     }
-    fields = [f for cls in (RunOptions, load_algorithm(name)) for f in dataclasses.fields(cls)]
+    fields = option_fields(load_algorithm(name)).values()
     assert set(found) == {f.name for f in fields}
     for field in fields:
         text = found[field.name]

@@ -26,6 +26,7 @@ from algorithms.marina import PPMarina
 from vfl import checkpoint
 from vfl.data.container import Examples
 from vfl.rehearsal import Rehearsal, rehearsed
+from vfl.wrappers import Context
 
 DRAW = np.random.default_rng(5)
 HELD = Examples(
@@ -33,6 +34,10 @@ HELD = Examples(
 )
 OPTIONS = Rehearsal(rehearsal_steps=3, rehearsal_lr=0.2, rehearsal_optimizer="sgd:momentum=0.5", rehearsal_batch_size=8)
 RUN = {"clients_per_round": 5, "batch_size": 4, "local_epochs": 2, "seed": 7, "chunk": 100}
+
+
+def context(data):
+    return Context(data.clients.population, "all", "uniform", 1, data)
 
 
 def rehearsing(config, task, options=OPTIONS, held=HELD):
@@ -91,7 +96,7 @@ def test_a_step_visits_different_examples_of_the_server_and_all_of_them_over_tim
 def test_no_steps_and_no_rate_change_nothing():
     task = norm_and_dropout()
     plain = FedAvg().build(task, N)
-    assert Rehearsal().wrap(plain, task, N, federated()) is plain
+    assert Rehearsal().wrap(plain, task, context(federated())) is plain
     still = rehearsing(FedAvg(), task, Rehearsal(rehearsal_steps=2, rehearsal_lr=0.0))
     found, wanted = (vfl.simulate(a, task, federated(), 3, execution="vmap", **RUN).x for a in (still, plain))
     assert torch.equal(found, wanted)
@@ -141,7 +146,7 @@ def test_rehearsal_on_the_validation_set_lifts_the_model_where_clients_see_two_d
         task = vfl.task(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
     found = []
     for rehearsal in (Rehearsal(), Rehearsal(rehearsal_steps=10, rehearsal_lr=0.1)):
-        algorithm = rehearsal.wrap(FedAvg().build(task, 20), task, 20, data)
+        algorithm = rehearsal.wrap(FedAvg().build(task, 20), task, context(data))
         when = vfl.Evaluation(every=100)
         history = vfl.simulate(
             algorithm, task, data, 10, clients_per_round=4, execution="vmap", evaluation=when
@@ -169,6 +174,6 @@ def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence)
 def test_a_server_without_examples_is_refused():
     task = regression()
     with pytest.raises(vfl.UsageError, match="there is no validation set"):
-        OPTIONS.wrap(FedAvg().build(task, N), task, N, federated())
+        OPTIONS.wrap(FedAvg().build(task, N), task, context(federated()))
     with pytest.raises(vfl.UsageError, match="it holds none"):
         rehearsing(FedAvg(), task, held=Examples(HELD.x[:0], HELD.y[:0]))

@@ -178,6 +178,38 @@ def with_model(server: Any, x: Tensor) -> Any:
     return server._replace(inner=with_model(server.inner, x))
 
 
+def nested(algorithm: Algorithm) -> Algorithm:
+    """The algorithm for a wrapper whose server's state holds the algorithm's own in its field `inner`.
+
+    The wrapper replaces what it changes, `init_server` in any case.
+    """
+
+    def broadcast(server: Any, key: Tensor) -> Broadcast:
+        return algorithm.broadcast(server.inner, key)
+
+    def server_update(server: Any, mean: Mean, key: Tensor) -> tuple[Any, Mapping[str, Tensor]]:
+        inner, reported = algorithm.server_update(server.inner, mean, key)
+        return server._replace(inner=inner), reported
+
+    everyone, idle, expect = algorithm.everyone, algorithm.idle, algorithm.expect
+
+    def rest(server: Any, key: Tensor) -> tuple[Any, Mapping[str, Tensor]]:
+        inner, reported = idle(server.inner, key) if idle else (server.inner, {})
+        return server._replace(inner=inner), reported
+
+    def expecting(server: Any, payload: Tree) -> Any:
+        return server._replace(inner=expect(server.inner, payload)) if expect else server
+
+    return algorithm._replace(
+        broadcast=broadcast,
+        server_update=server_update,
+        everyone=(lambda server: everyone(server.inner)) if everyone else None,
+        idle=rest if idle else None,
+        expect=expecting if expect else None,
+        personal=of_inner(algorithm.personal),
+    )
+
+
 def of_inner(personal: Personal | None) -> Personal | None:
     """Clients' own models for a wrapped algorithm: their server's state is the field `inner` of the wrapper's."""
     if personal is None:

@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Mean, Message, Metrics, Tree, leaves, tree_map
+from vfl.base import Algorithm, Mean, Message, Metrics, Tree, leaves, nested, tree_map
 from vfl.devices import SECONDS
 from vfl.errors import UsageError, unknown
 from vfl.local import Batches, keep_where
 from vfl.spec import resolve
 from vfl.task import Task
+from vfl.wrappers import Context
 
 Staleness = Literal["none", "sqrt", "inverse"]
 Scales = Literal["update", "weight"]
@@ -125,6 +126,7 @@ def delayed(
     another one.
     """
     T = delay.longest
+    refuse_combined(algorithm, "delays")
     if algorithm.everyone is not None:
         raise UsageError("this algorithm asks all clients in some rounds, and then needs their answers in the same "
                          "round: it runs without delays")  # fmt: skip
@@ -176,9 +178,8 @@ def delayed(
         arrived = {"arrived": clients, "pending": later[-1].sum()}
         return Delayed(inner, *later), {**reported, **arrived}
 
-    return algorithm._replace(
+    return nested(algorithm)._replace(
         init_server=init_server,
-        broadcast=lambda server, key: algorithm.broadcast(server.inner, key),
         client_update=client_update,
         server_update=server_update,
         idle=idle,
@@ -207,6 +208,8 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
     after the round; the algorithm's own metrics are NaN in rounds without a step.
     """
 
+    refuse_combined(algorithm, "a buffer")
+
     def init_server(x: Tensor) -> Buffered:
         return Buffered(algorithm.init_server(x), (), x.new_zeros(()), x.new_zeros(()))
 
@@ -231,14 +234,19 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         inner, reported = algorithm.idle(server.inner, key)
         return server._replace(inner=inner), {**reported, "buffered": server.clients}
 
-    return algorithm._replace(
+    return nested(algorithm)._replace(
         init_server=init_server,
-        broadcast=lambda server, key: algorithm.broadcast(server.inner, key),
         server_update=server_update,
-        everyone=None if algorithm.everyone is None else lambda server: algorithm.everyone(server.inner),  # pyright: ignore
         idle=idle,
         expect=expect,
     )
+
+
+def refuse_combined(algorithm: Algorithm, what: str) -> None:
+    """Raises UsageError for an algorithm that combines its messages by another rule than their mean."""
+    if algorithm.combine is not None:
+        raise UsageError(f"{what} and an aggregator other than mean or norm_clip do not go together, since messages "
+                         "that wait are kept as their sum")  # fmt: skip
 
 
 def discount(staleness: Staleness, tau: Tensor) -> Tensor:
@@ -281,7 +289,7 @@ class Delays:
         """How late a late client is."""
         return resolve(self.delay, DELAYS, "delay")
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm under these delays; itself without any. Wrapped after `Devices`, whose times speed reads."""
         if self.buffer_size > 1:
             algorithm = buffered(algorithm, self.buffer_size)

@@ -21,6 +21,7 @@ from vfl.errors import UsageError
 from vfl.local import Batches, keep_where
 from vfl.spec import resolve
 from vfl.task import Task
+from vfl.wrappers import Context
 
 SECONDS = "simulated_seconds"  # the metric
 _LOST = 0x1057  # a stream of a client's key that no algorithm uses
@@ -106,7 +107,7 @@ class Devices:
         """The law of the devices' speeds; None: no clock."""
         return None if self.device_speeds == "none" else resolve(self.device_speeds, SPEEDS, "device-speeds")
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm on these devices; itself without a clock and drop-outs. Wrapped before `Delays`."""
         slowness = self.slowness()
         if slowness is not None:

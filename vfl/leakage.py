@@ -18,6 +18,7 @@ from vfl.base import Algorithm, Broadcast, Message, Metrics, Tree, leaves
 from vfl.errors import UsageError, unknown
 from vfl.local import Batches, keep_where
 from vfl.task import Batch, Task
+from vfl.wrappers import Context
 
 Action = Literal["none", "measure", "drop", "reweight"]
 EPSILON, WORDS, DROPPED = "practical_epsilon", "words_recovered", "leaking"
@@ -94,7 +95,7 @@ class Leakage:
         if self.leakage in ("drop", "reweight") and bounds == (None, None):
             raise UsageError(f"leakage {self.leakage} needs a bound: leakage-bound or leakage-words")
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm whose clients measure their update, the first leaf [D] of their payload, before they send it.
 
         It must be a change of the model, as FedAvg's Δ. The attacker steps to x + lr·Δ/(|Δ| + 1e−8), Adamax's first

@@ -26,6 +26,7 @@ from vfl.local import Batches, Work, descend, minibatches
 from vfl.optimizers import optimizer
 from vfl.store import Store
 from vfl.task import Batch, Task
+from vfl.wrappers import Context
 
 AT_ONCE = 2**24  # entries of the models that are made together
 
@@ -48,7 +49,7 @@ class FineTuning:
             raise UsageError(f"fine-tune-lr must be a finite number ≥ 0, not {self.fine_tune_lr}")
         optimizer(self.fine_tune_optimizer)
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm whose clients use fine-tuned models, their own if it has such, else the server's.
 
         Nothing of the training changes. Raises UsageError where the algorithm fine-tunes already.

@@ -6,14 +6,14 @@ the server's state: a resumed run goes on as if it had not stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Tree, tree_map
+from vfl.base import Algorithm, Tree, nested, tree_map
 from vfl.engine import RoundMetrics, State
 from vfl.errors import UsageError, unknown
 from vfl.replicas import Varied, over_grid
@@ -126,24 +126,11 @@ def _steered(algorithm: Algorithm, task: Task, plateau: Plateau) -> Algorithm:
         kept = _copy((x, task.buffers)) if plateau.fall_back else ()
         return Steered(algorithm.init_server(x), best, torch.zeros_like(best, dtype=torch.int64), kept)
 
-    def broadcast(server: Steered, key: Tensor) -> Broadcast:
-        return algorithm.broadcast(server.inner, key)
-
-    def server_update(server: Steered, mean: Mean, key: Tensor) -> tuple[Steered, Mapping[str, Tensor]]:
-        inner, reported = algorithm.server_update(server.inner, mean, key)
-        return server._replace(inner=inner), reported
-
     if algorithm.idle or algorithm.expect:
         raise UsageError(
             "a plateau goes inside of delays: configure the algorithm's options, then wrap what they build"
         )
-    everyone = algorithm.everyone
-    return algorithm._replace(
-        init_server=init_server,
-        broadcast=broadcast,
-        server_update=server_update,
-        everyone=None if everyone is None else lambda server: everyone(server.inner),
-    )
+    return nested(algorithm)._replace(init_server=init_server)
 
 
 def _copy(tree: Tree) -> Tree:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, of_inner, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, nested, tree_map
 from vfl.compressors.base import Layout
 from vfl.compressors.quantize import check_quantize, quantized
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
 from vfl.task import Task
+from vfl.wrappers import Context
 
 
 class Counted(NamedTuple):
@@ -56,7 +57,7 @@ class Quantization:
         if not 0 < self.quant_anneal <= 1:
             raise UsageError(f"quant-anneal is a factor above 0 and at most 1, not {self.quant_anneal}")
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm whose messages' leaves [D] go through `quantize` with threshold·annealᵗ in round t, from 0.
 
         A message's bits are then those of the quantized leaves, and of the others as they are, so the algorithm's own
@@ -75,9 +76,6 @@ class Quantization:
 
         def init_server(x: Tensor) -> Counted:
             return Counted(algorithm.init_server(x), torch.zeros_like(x[..., 0], dtype=torch.int64))
-
-        def expect(server: Counted, payload: Tree) -> Counted:
-            return server._replace(inner=algorithm.expect(server.inner, payload)) if algorithm.expect else server
 
         def broadcast(server: Counted, key: Tensor) -> Broadcast:
             sent = algorithm.broadcast(server.inner, key)
@@ -110,14 +108,7 @@ class Quantization:
             inner, reported = algorithm.idle(server.inner, key) if algorithm.idle else (server.inner, {})
             return Counted(inner, server.t + 1), reported
 
-        everyone = algorithm.everyone
-        return algorithm._replace(
-            init_server=init_server,
-            expect=expect,
-            broadcast=broadcast,
-            client_update=client_update,
-            server_update=server_update,
+        return nested(algorithm)._replace(
+            init_server=init_server, broadcast=broadcast, client_update=client_update, server_update=server_update,
             idle=idle,
-            everyone=None if everyone is None else lambda server: everyone(server.inner),
-            personal=of_inner(algorithm.personal),
-        )
+        )  # fmt: skip

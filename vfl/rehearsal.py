@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, Broadcast, Mean, Tree, of_inner, with_model
-from vfl.data.container import Examples, FederatedData, Transform, cast
+from vfl.base import Algorithm, Mean, Tree, nested, with_model
+from vfl.data.container import Examples, Transform, cast
 from vfl.errors import UsageError
 from vfl.optimizers import optimizer
 from vfl.task import Batch, Task
+from vfl.wrappers import Context
 
 
 class Rehearsing(NamedTuple):
@@ -52,14 +53,15 @@ class Rehearsal:
             raise UsageError(f"rehearsal-batch-size must be at least 1, not {self.rehearsal_batch_size}")
         optimizer(self.rehearsal_optimizer)
 
-    def wrap(self, algorithm: Algorithm, task: Task, population: int, data: FederatedData) -> Algorithm:
+    def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm with rehearsal on the global validation set, the examples that no client holds.
 
         What is measured on that set is then measured on training examples. Raises UsageError where there is none.
         """
         if not self.rehearsal_steps:
             return algorithm
-        if data.validation is None:
+        data = context.data
+        if data is None or data.validation is None:
             raise UsageError("rehearsal needs examples on the server, and there is no validation set: validation 0.1 "
                              "sets a tenth of the training examples aside")  # fmt: skip
         return rehearsed(algorithm, task, data.validation, self, data.transform)
@@ -83,9 +85,6 @@ def rehearsed(
     def init_server(x: Tensor) -> Rehearsing:
         return Rehearsing(algorithm.init_server(x), opt.init(x))
 
-    def broadcast(server: Rehearsing, key: Tensor) -> Broadcast:
-        return algorithm.broadcast(server.inner, key)
-
     def server_update(server: Rehearsing, mean: Mean, key: Tensor) -> tuple[Rehearsing, Mapping[str, Tensor]]:
         inner, reported = algorithm.server_update(server.inner, mean, key)
         x, memory, loss = inner.x, server.opt, inner.x.new_zeros(())
@@ -98,11 +97,4 @@ def rehearsed(
             loss = loss + aux.loss / (size * steps)
         return Rehearsing(with_model(inner, x), memory), {**reported, "rehearsal_loss": loss}
 
-    everyone = algorithm.everyone
-    return algorithm._replace(
-        init_server=init_server,
-        broadcast=broadcast,
-        server_update=server_update,
-        everyone=None if everyone is None else lambda server: everyone(server.inner),
-        personal=of_inner(algorithm.personal),
-    )
+    return nested(algorithm)._replace(init_server=init_server, server_update=server_update)

@@ -18,10 +18,11 @@ from vfl.local import BatchSize, Draw, Reshuffle, Work
 from vfl.personal import evaluate_personal
 from vfl.plateau import Plateau
 from vfl.replicas import Replication, over_grid, stacked, summarized
+from vfl.samplers import Amount
 from vfl.stopping import Stopping
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
-from vfl.wrappers import Wrapper, wrapped
+from vfl.wrappers import Context, Wrapper, wrapped
 
 
 class Result(NamedTuple):
@@ -89,6 +90,7 @@ def rounds(
         batch_size=batch_size,
         local_epochs=local_epochs,
         local_steps=local_steps,
+        rounds=rounds,
         **engine,
     )
     start = player.init(seed) if state is None else state
@@ -106,23 +108,27 @@ def make_engine(
     draw: Draw = "epochs",
     reshuffle: Reshuffle = "epoch",
     wrappers: Sequence[Wrapper] = (),
+    rounds: int = 1,
+    clients_per_round: Amount = 10,
+    sampling: str = "uniform",
     **engine: Any,
 ) -> Engine:
-    """The engine of an experiment; the keywords are those of `rounds`."""
+    """The engine of an experiment of so many rounds in all; the keywords are those of `rounds`."""
     population, replicas = data.clients.population, engine.get("replicas")
+    context = Context(population, clients_per_round, sampling, rounds, data)
 
     def built(config: AlgorithmConfig) -> Algorithm:
-        return wrapped(config.build(task, population), wrappers, task, population)
+        return wrapped(config.build(task, population), wrappers, task, context)
 
     if isinstance(algorithm, Algorithm):
-        algorithm = wrapped(algorithm, wrappers, task, population)
+        algorithm = wrapped(algorithm, wrappers, task, context)
     elif isinstance(replicas, Replication) and replicas.grid:
         replicas.check()
         algorithm = over_grid(algorithm, built, list(replicas.grid))
     else:
         algorithm = built(algorithm)
     work = Work(batch_size, local_epochs, local_steps, draw, reshuffle)
-    return Engine(algorithm, task, data, work=work, **engine)
+    return Engine(algorithm, task, data, clients_per_round=clients_per_round, sampling=sampling, work=work, **engine)
 
 
 def play(

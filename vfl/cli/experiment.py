@@ -17,6 +17,7 @@ from vfl.distributed import Ranks
 from vfl.engine import Engine, State
 from vfl.errors import UsageError
 from vfl.models import model
+from vfl.pretrained import pretrained
 from vfl.problems import LinearProblem
 from vfl.regularizers import regularizer
 from vfl.simulate import Evaluation, make_engine
@@ -54,12 +55,18 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
     learning = make_task(call, data, device)
     if options.step_size == "theory":
         call = _by_theory(call, learning, data)
+    privacy, plateau = call.groups["privacy"], call.groups["plateau"]
+    if privacy.clip is not None and (call.groups["delays"].delay_probability or call.groups["delays"].buffer_size > 1):
+        raise UsageError("--clip accounts for messages that arrive in their own round; leave --delay-probability and "
+                         "--buffer-size out")  # fmt: skip
+    learning = privacy.gradients(learning)
     replicas, x = options.replication(), learning.x
     if replicas is not None:  # each has a model of its own seed
         models = {s: make_task(call, data, device, options.seed + s).x for s in range(replicas.seeds)}
         x = torch.stack([models[int(setting["replica"])] for setting in replicas.settings()])
     engine = make_engine(
-        call.algorithm, learning, data, batch_size=options.batch_size, local_epochs=options.local_epochs,
+        plateau.configure(call.algorithm), learning, data, rounds=options.rounds,
+        batch_size=options.batch_size, local_epochs=options.local_epochs,
         local_steps=options.local_steps, draw=options.draw, reshuffle=options.reshuffle, wrappers=call.wrappers,
         clients_per_round=options.clients_per_round, sampling=options.sampling,
         execution=options.execution, chunk=options.chunk, client_state=options.client_state,
@@ -70,7 +77,7 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
 
 def evaluation(options: RunOptions) -> Evaluation:
     """What is evaluated when."""
-    return Evaluation(options.eval_every, options.client_eval_every, options.chosen_metrics())
+    return Evaluation(options.eval_every, options.client_eval_every, options.chosen_metrics(), options.validation_every)
 
 
 def _by_theory(call: Call, task: Task, data: FederatedData) -> Call:
@@ -103,7 +110,10 @@ def make_task(call: Call, data: FederatedData, device: torch.device, seed: int |
     made = task(
         module, loss, regularizer=penalty if options.regularizer else None, device=device,
         dtype=torch.float32 if mixed else getattr(torch, options.dtype), compute=torch.bfloat16 if mixed else None,
+        frozen=options.frozen,
     )  # fmt: skip
+    if options.init_from is not None:
+        made = pretrained(made, options.init_from)
     return made._replace(problem=LinearProblem(data, penalty)) if parse(options.model).name == "linear" else made
 
 

@@ -12,11 +12,20 @@ import tyro
 
 from vfl.algorithms import load_algorithm
 from vfl.cli.arguments import flag, parse
+from vfl.delays import Delays
+from vfl.devices import Devices
 from vfl.errors import UsageError, unknown
+from vfl.leakage import Leakage
 from vfl.local import Draw, Reshuffle, Work
+from vfl.personal import FineTuning
+from vfl.plateau import Plateau
+from vfl.privacy import Privacy
+from vfl.quantization import Quantization
 from vfl.regularizers import regularizer
+from vfl.rehearsal import Rehearsal
 from vfl.replicas import Replication, parse_grid
 from vfl.runs import CONFIG, is_run, read_config
+from vfl.stopping import Stopping
 from vfl.training import AlgorithmConfig
 from vfl.wrappers import Wrapper
 
@@ -50,6 +59,10 @@ class RunOptions:
     """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, resnet18, char_lstm, char_gru, or your
     own as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and
     libsvm, else mlp)."""
+    frozen: Annotated[str | None, _default("none")] = None
+    """Parameters that are neither trained nor sent, by patterns of their names: 0.*, or all but the last: *,!last."""
+    init_from: Annotated[Path | None, _default("drawn from --seed")] = None
+    """The first model: a safetensors file of the same module, such as another run's model.safetensors."""
     regularizer: Annotated[str | None, _default("none")] = None
     """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"
@@ -103,6 +116,8 @@ class RunOptions:
     metrics: Annotated[str | None, _default("none")] = None
     """What to evaluate as often of f, the mean over clients of their training losses, separated by commas: objective,
     grad_norm, suboptimality (f − f*), distance (‖x − x*‖)."""
+    validation_every: Annotated[int | None, _default("--eval-every")] = None
+    """Rounds between evaluations on the global validation set; 0: never."""
     client_eval_every: int = 0
     """Rounds between evaluations on each client's own data (held out, else training); 0: never."""
     checkpoint_every: int = 50
@@ -115,6 +130,8 @@ class RunOptions:
     """Go on from the newest checkpoint in --out; options not given are those of the run there."""
     overwrite: bool = False
     """Replace the run that lies in --out."""
+    track: Annotated[str | None, _default("nobody")] = None
+    """Who else is told the metrics: tensorboard, mlflow, wandb, separated by commas."""
     profile: bool = False
     """Show where the rounds' time goes, and write a trace of three of them to the run's folder (chrome://tracing)."""
     quiet: bool = False
@@ -167,7 +184,7 @@ class RunOptions:
 
 
 _LEAST = {"rounds": 1, "local_epochs": 1, "local_steps": 1, "clients": 1, "keep": 1,
-          "eval_every": 0, "client_eval_every": 0, "checkpoint_every": 0}  # fmt: skip
+          "eval_every": 0, "validation_every": 0, "client_eval_every": 0, "checkpoint_every": 0}  # fmt: skip
 _MANY = 2**31  # more than anyone means, and the product of two still fits into 63 bits
 _MOST_RANKS = 1024  # a slip of the finger must not start more processes than a machine can hold
 
@@ -187,14 +204,18 @@ def _count(name: str, text: str, word: str, most: int) -> int | None:
 
 
 # They say where a run lies, who computes it and who is told, not what it is.
-ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks"}
+ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks", "track"}
 # They do not change the results, so a resumed run may change them.
-NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "client_eval_every",
-           "metrics", "checkpoint_every", "keep"}  # fmt: skip
+NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "validation_every",
+           "client_eval_every", "metrics", "checkpoint_every", "keep", "best_by", "patience", "stop_at"}  # fmt: skip
 
 
-WRAPPERS: dict[str, type[Wrapper]] = {}
-"""What can be done to any algorithm; the first one innermost."""
+# What can be done to any algorithm, the first one innermost: to a client's message, to when it comes, to the server.
+WRAPPERS: dict[str, type[Wrapper]] = {
+    "quantization": Quantization, "privacy": Privacy, "leakage": Leakage, "devices": Devices, "delays": Delays,
+    "rehearsal": Rehearsal, "fine_tuning": FineTuning,
+}  # fmt: skip
+GROUPS: dict[str, type] = {"plateau": Plateau, "stopping": Stopping, **WRAPPERS}
 
 
 class Call(NamedTuple):
@@ -203,12 +224,17 @@ class Call(NamedTuple):
     name: str  # the algorithm's
     options: RunOptions
     algorithm: AlgorithmConfig
-    wrappers: tuple[Wrapper, ...]  # one of each of WRAPPERS
+    groups: dict[str, Any]  # one of each of GROUPS
+
+    @property
+    def wrappers(self) -> list[Wrapper]:
+        """What is done to the algorithm, the first one innermost."""
+        return [self.groups[name] for name in WRAPPERS]
 
     def config(self) -> dict[str, Any]:
         """Every option as config.yaml holds it."""
         chosen: dict[str, Any] = {}
-        for part in (self.options, self.algorithm, *self.wrappers):
+        for part in (self.options, self.algorithm, *self.groups.values()):
             chosen |= dataclasses.asdict(part)  # pyright: ignore[reportArgumentType]
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if k not in ABOUT_THE_CALL}
         return {"algorithm": self.name, **plain}
@@ -236,7 +262,7 @@ def parse_run(argv: Sequence[str]) -> Call:
 
     def parsed(arguments: list[str]) -> Call:
         found = parse(merged, arguments, f"vfl run {name}", fields)
-        return Call(name, found.run, found.algorithm, tuple(getattr(found, group) for group in WRAPPERS))
+        return Call(name, found.run, found.algorithm, {name: getattr(found, name) for name in GROUPS})
 
     try:
         return parsed(prefix + argv)
@@ -284,13 +310,13 @@ def _value(argv: list[str], option: str) -> str | None:
 
 
 def _merged(name: str, cls: type[AlgorithmConfig]) -> Any:
-    flat = tyro.conf.arg(name="")
+    flat, no_pairs = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
     made = dataclasses.make_dataclass(
         name,
         [
-            ("run", Annotated[RunOptions, flat, tyro.conf.FlagCreatePairsOff], dataclasses.field()),
+            ("run", Annotated[RunOptions, flat, no_pairs], dataclasses.field()),
             ("algorithm", Annotated[cls, flat], dataclasses.field()),
-            *((group, Annotated[wrapper, flat], dataclasses.field()) for group, wrapper in WRAPPERS.items()),
+            *((name, Annotated[group, flat], dataclasses.field()) for name, group in GROUPS.items()),
         ],
     )
     made.__doc__ = cls.__doc__
@@ -299,7 +325,7 @@ def _merged(name: str, cls: type[AlgorithmConfig]) -> Any:
 
 def option_fields(cls: type[AlgorithmConfig] | None) -> dict[str, dataclasses.Field]:
     """Every option of a run of such an algorithm, by name; None: of an algorithm that is not known."""
-    parts = (RunOptions, *WRAPPERS.values(), *([cls] if cls else []))
+    parts = (RunOptions, *GROUPS.values(), *([cls] if cls else []))
     return {name: field for part in parts for name, field in _fields(part).items()}
 
 

@@ -30,7 +30,9 @@ from vfl.plots import score
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import play
+from vfl.stopping import Stopping
 from vfl.terminal import number as shown
+from vfl.tracking import trackers
 
 log = logging.getLogger("vfl")
 
@@ -55,6 +57,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     check_metrics(when.metrics, learning)
     folder, start = _open(call, start, device, ranks)
     state = start
+    stopping: Stopping = call.groups["stopping"]
+    history = [row for row in runs.read_metrics(folder) if row["round"] <= start.round] if start.round else []
+    standing = stopping.standing(history)
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
     def save() -> None:
@@ -63,24 +68,35 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     def say() -> None:
         log.warning("finishing this round, then saving; Ctrl-C again to stop now, without saving")
 
-    def finish() -> None:
-        save()
+    def write_model(name: str) -> None:
         if ranks.first:
             about = {"format": "pt", "model": options.model, "round": str(state.round)}
-            runs.write_tensors(folder / runs.MODEL, learning.state_dict(state.server.x, state.buffers), about)
+            runs.write_tensors(folder / name, learning.state_dict(state.server.x, state.buffers), about)
+
+    def finish() -> None:
+        save()
+        write_model(runs.MODEL)
 
     with (
         first_signal(say) as signalled,
         _recording(folder, start.round, ranks) as record,
+        trackers((options.track or "") if ranks.first else "", folder, call.config()) as track,
         progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
         traced(folder / runs.TRACE if options.profile and ranks.first else None) as step,
     ):
         if start.round:
             log.warning("going on from round %d of %s", start.round, folder)
         try:
-            for state, metrics in play(engine, start, options.rounds, evaluation=when, stop=lambda: bool(signalled())):
+            for state, metrics in play(
+                engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=call.groups["plateau"],
+                stop=lambda: bool(signalled()), history=history,
+            ):  # fmt: skip
                 record(metrics)
                 show(metrics)
+                track(metrics)
+                standing = stopping.after(standing, metrics)
+                if standing.round == state.round:
+                    write_model(runs.BEST)
                 step()
                 if options.checkpoint_every and state.round % options.checkpoint_every == 0:
                     save()
@@ -92,9 +108,11 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
                 finish()
             raise
         finish()
-    number = signalled() or (signal.SIGTERM if state.round < options.rounds else None)  # or another rank's signal
+    reason = stopping.reason(standing)
+    early = reason is None and state.round < options.rounds
+    number = signalled() or (signal.SIGTERM if early else None)  # or another rank's signal
     if ranks.first:
-        _report(call, folder, state.round)
+        _report(call, folder, state.round, reason)
     return 128 + number if number else 0
 
 
@@ -160,8 +178,8 @@ def _score(name: str, value: float, std: float | None) -> str:
     return f"{name.replace('_', ' ')} {write(value)}" + ("" if std is None else f" ± {write(std)}")
 
 
-def _report(call: Call, folder: Path, done: int) -> None:
-    """Draws the curves, and says how the run ended and where everything is."""
+def _report(call: Call, folder: Path, done: int, reason: str | None) -> None:
+    """Draws the curves, and says how the run ended, for what `reason` if early, and where everything is."""
     history, wanted = runs.read_metrics(folder), call.options.rounds
     try:
         from vfl.plots import learning_curves
@@ -178,8 +196,11 @@ def _report(call: Call, folder: Path, done: int) -> None:
     if call.options.profile:
         Console().print(summary(history))
     seconds = sum(row["seconds"] for row in history)
-    ended = "interrupted" if done < wanted else "done"
-    print(f"{ended} after round {done} of {wanted}: {', '.join(parts) or 'no test set'}; {seconds:.1f} s of training")
+    interrupted = done < wanted and reason is None
+    if reason is not None:
+        print(f"stopped early: {reason}")
+    ended, results = "interrupted" if interrupted else "done", ", ".join(parts) or "no test set"
+    print(f"{ended} after round {done} of {wanted}: {results}; {seconds:.1f} s of training")
     print(f"run    {folder}\nplot   {plot}")
-    if done < wanted:
+    if interrupted:
         print(f"go on  vfl run --resume --out {shlex.quote(str(folder))}")

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean
+from vfl.base import Algorithm, Mean, nested
 from vfl.errors import UsageError, unknown
-from vfl.privacy.central import of_inner
 from vfl.samplers import Amount, cohort_rate, cohort_size
 from vfl.spec import parse
 
@@ -165,17 +164,12 @@ def reporting(algorithm: Algorithm, plan: Plan, noise_multiplier: float, rounds:
     def init_server(x: Tensor) -> Server:
         return Server(algorithm.init_server(x), x.new_zeros((), dtype=torch.int64))
 
-    def broadcast(server: Server, key: Tensor) -> Broadcast:
-        return algorithm.broadcast(server.inner, key)
-
     def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
         inner, reported = algorithm.server_update(server.inner, mean, key)
         t = server.t + 1
         return Server(inner, t), {**reported, "epsilon": table.to(t.device)[t.clamp(max=rounds + 1)]}
 
-    return algorithm._replace(
-        init_server=init_server, broadcast=broadcast, server_update=server_update, everyone=of_inner(algorithm)
-    )
+    return nested(algorithm)._replace(init_server=init_server, server_update=server_update)
 
 
 def _library() -> Any:

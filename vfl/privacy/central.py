@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, AsksEveryone, Broadcast, Mean, Message, Metrics, Tree, leaves, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, nested, tree_map
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
 from vfl.privacy.noise import Noise, independent
@@ -138,10 +138,6 @@ def private(
             reported = {**reported, "clip": norm}
         return Server(inner, norm, memory), reported
 
-    return Algorithm(init_server, algorithm.init_client, broadcast, client_update, server_update, of_inner(algorithm))
-
-
-def of_inner(algorithm: Algorithm) -> AsksEveryone | None:
-    """`everyone` of an algorithm, by a wrapper's server state that holds the algorithm's own in `inner`."""
-    everyone = algorithm.everyone
-    return None if everyone is None else lambda server: everyone(server.inner)
+    return nested(algorithm)._replace(
+        init_server=init_server, broadcast=broadcast, client_update=client_update, server_update=server_update
+    )

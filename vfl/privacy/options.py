@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from vfl.base import Algorithm
 from vfl.errors import UsageError, unknown
@@ -13,28 +13,11 @@ from vfl.privacy.central import Adaptive, private
 from vfl.privacy.examples import private_gradients, refuse_buffers
 from vfl.privacy.local import classical_multiplier, locally_private
 from vfl.privacy.noise import Estimator, tree
-from vfl.samplers import Amount, cohort_rate, cohort_size
 from vfl.spec import parse
 from vfl.task import Task
+from vfl.wrappers import Context
 
 Mechanism = Literal["central", "local", "ftrl"]
-
-
-class Context(NamedTuple):
-    """What a run's privacy depends on beside its own options."""
-
-    population: int  # N
-    clients_per_round: Amount
-    sampling: str  # the sampler, as on the command line
-    rounds: int  # of the whole run, those before a resume included
-
-    @property
-    def cohort(self) -> float:
-        """The expected number of clients in a round."""
-        if parse(self.sampling).name == "poisson":
-            return cohort_rate(self.clients_per_round, self.population) * self.population
-        listed = parse(self.sampling).args
-        return len(listed) if listed else cohort_size(self.clients_per_round, self.population)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +125,8 @@ class Privacy:
         if algorithm.everyone is not None and context.cohort < context.population:
             raise UsageError("this algorithm asks all clients in some rounds and a sample in others, while noise and "
                              "accounting need one rate; use --clients-per-round all")  # fmt: skip
+        if algorithm.combine is not None or algorithm.receive is not None:
+            raise UsageError("privacy is that of a noisy mean of clipped messages; leave --aggregator at mean")
         plan = None if self.delta is None else self.plan(context)
         z = self.multiplier(plan, context.rounds)
         wrapped = self._wrapped(algorithm, z, self.clip, context)
