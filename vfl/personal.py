@@ -87,7 +87,7 @@ def evaluate_personal(engine: Engine, state: State) -> dict[str, PerClient]:
     ids = np.flatnonzero(sizes)
     ids = ids[[owners.get(i, i) % ranks.world == ranks.rank for i in ids.tolist()]]
     ids = ids[np.argsort(-sizes[ids], kind="stable")]  # those evaluated together have about as many examples
-    at_once = min(max(AT_ONCE // len(task.x), 1), BATCH)
+    at_once = max(min(AT_ONCE // len(task.x), BATCH // 20), 1)  # and 20 examples of each at a time
     with torch.no_grad():
         for first in range(0, len(ids), at_once):
             now = ids[first : first + at_once]
