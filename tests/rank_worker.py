@@ -12,6 +12,7 @@ from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout
 from private_kinds import KINDS, private_kind
 
 import vfl
+from algorithms.ditto import Ditto
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 from vfl.delays import Delays
@@ -54,6 +55,9 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["poisson"] = played(Scaffold(), norm_and_dropout(), federated(), 8, **poisson, **options)
     evaluated = {"clients_per_round": 6, "local_steps": 2, "evaluation": vfl.Evaluation(1, 2)}
     found["evaluated"] = played(Scaffold(), norm_and_dropout(), federated(), 3, **evaluated, **options)
+    own = {"clients_per_round": 3, "evaluation": vfl.Evaluation(0, 1)}  # some clients never come
+    tuned = vfl.FineTuning(fine_tune_steps=2).wrap(Ditto().build(mlp(), len(SIZES)), mlp(), len(SIZES))
+    found["personal"] = played(tuned, mlp(), federated(), 2, **own, **options)
     spoilt = federated()
     spoilt.clients.client(2).x[0, 0] = np.nan
     drop = {"clients_per_round": 6, "on_nonfinite": "drop", "evaluation": OFF}

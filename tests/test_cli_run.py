@@ -672,7 +672,8 @@ def test_help_shows_every_option_with_its_default_at_80_columns(name, monkeypatc
     assert max(map(len, shown.splitlines())) <= 80
     boxes = re.split(r"\n[ │] ?(?=--[a-z])", shown)[1:]
     found = {
-        box.split()[0].removeprefix("--").replace("-", "_"): " ".join(box.replace("│", " ").split()) for box in boxes
+        box.split()[0].removeprefix("--").rstrip(",").replace("-", "_"): " ".join(box.replace("│", " ").split())
+        for box in boxes
     }
     fields = option_fields(load_algorithm(name)).values()
     assert set(found) == {f.name for f in fields}
