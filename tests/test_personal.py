@@ -7,6 +7,7 @@ from helpers import EMPTY, SIZES, N, federated, mlp, norm_and_dropout, regressio
 from torch import nn
 
 import vfl
+from algorithms.ditto import Ditto
 from algorithms.fedavg import FedAvg
 from vfl import evaluation, personal
 from vfl.data.container import Packed
@@ -166,6 +167,18 @@ def test_replicas_have_personal_models_each():
         alone = vfl.simulate(tuned, task, data, 2, seed=5 + r, **options).history[-1]
         for name in ("personal_train_loss_mean", "client_train_loss_mean"):
             np.testing.assert_allclose(together["replicas"][r][name], alone[name], **NEAR)
+
+
+def test_each_point_of_a_grid_has_the_personal_models_of_its_step_size():
+    task, data = regression(), federated([3, 7, 5, 9])
+    options = {"clients_per_round": 2, "execution": "vmap", "evaluation": vfl.Evaluation(0, 1)}
+    grid = vfl.Replication(1, {"local_lr": (0.05, 0.2)})
+    together = vfl.simulate(Ditto(), task, data, 2, replicas=grid, **options).history[-1]
+    for replica in together["replicas"]:
+        alone = vfl.simulate(Ditto(local_lr=replica["local_lr"]), task, data, 2, **options).history[-1]
+        name = "personal_train_loss_mean"
+        np.testing.assert_allclose(replica[name], alone[name], **NEAR)
+    assert together["personal_train_loss_mean_std"] > 1e-3
 
 
 @pytest.mark.parametrize(
