@@ -90,3 +90,21 @@ def test_the_command_line_trains_on_the_same_corrupted_labels(here, monkeypatch)
     clean = vfl.data.federated("synthetic:features=6,classes=3,examples=10,test=30", clients=10, seed=2)
     assert torch.equal(seen[0].clients.y, vfl.corrupt_labels(clean, 0.5, seed=2).clients.y)
     assert not torch.equal(seen[0].clients.y, clean.clients.y)
+
+
+def test_flipped_messages_break_the_mean_and_not_the_robust_aggregators():
+    """Ten clients, two of which send −5 times their change; scripts/robust_aggregation.py is the whole experiment."""
+    data = vfl.data.federated("digits", partition="iid", clients=10, seed=0)
+    torch.manual_seed(0)
+    task = vfl.task(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+
+    def accuracy(spec, fraction):
+        algorithm = vfl.sign_flipping(FedAvg(aggregator=spec).build(task, 10), data, fraction, scale=5)
+        options = {"clients_per_round": "all", "execution": "vmap", "evaluation": vfl.Evaluation(25)}
+        return vfl.simulate(algorithm, task, data, 25, **options).history[-1]["test_accuracy"]
+
+    clean = accuracy("mean", 0)
+    assert clean > 0.9
+    assert accuracy("mean", 0.2) < 0.4
+    for spec in ("median", "trimmed_mean:0.2", "krum:f=2", "multi_krum:f=2,m=6", "geometric_median", "norm_clip:0.3"):
+        assert accuracy(spec, 0.2) > clean - 0.03, spec
