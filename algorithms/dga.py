@@ -46,7 +46,7 @@ class Work(NamedTuple):
 class Moments(NamedTuple):
     """Sums over the entries of some gradients."""
 
-    entries: Tensor  # []
+    entries: Tensor  # [] how many
     first: Tensor  # [] Σ g
     second: Tensor  # [] Σ g²
 

