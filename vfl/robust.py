@@ -103,8 +103,10 @@ def geometric_median(iterations: int = 10, eps: float = 1e-6) -> Aggregator:
     def combine(rows: Tensor, weight: Tensor, total: Total) -> Tensor:
         z = _average(rows, weight)
         for _ in range(iterations):
-            distance = total((rows - z).square().sum(1, dtype=torch.float64)).sqrt()
-            z = _average(rows, weight / distance.clamp(min=eps))
+            squared = weight.new_zeros(len(rows))
+            for part, centre in zip(_blocks(rows), z.split(_columns(rows)), strict=True):
+                squared = squared + (part - centre).square().sum(1, dtype=squared.dtype)
+            z = _average(rows, weight / total(squared).sqrt().clamp(min=eps))
         return z
 
     return Aggregator(None, combine)
@@ -166,4 +168,9 @@ def _sorted(rows: Tensor) -> Tensor:
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
     """The rows in groups of columns, so that temporaries stay small."""
-    return rows.split(max(_BLOCK // max(len(rows), 1), 1), dim=1)
+    return rows.split(_columns(rows), dim=1)
+
+
+def _columns(rows: Tensor) -> int:
+    """Columns of a block."""
+    return max(_BLOCK // len(rows), 1)
