@@ -133,7 +133,6 @@ class Leakage:
 
     def _measured(self, task: Task, x: Tensor, delta: Tensor, batches: Batches, words: bool) -> Mapping[str, Tensor]:
         """The metrics [] of a client whose update [D] moves the model x [D]."""
-        assert task.outputs is not None
         attacked = x + self.leakage_lr * delta / (delta.abs() + 1e-8)
         epsilon = x.new_zeros(())
         rows = task.parameters(delta)[self.leakage_embedding] if words else x.new_zeros(1, 1)
