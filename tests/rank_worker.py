@@ -17,6 +17,8 @@ from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 from vfl.delays import Delays
 from vfl.devices import Devices
+from vfl.leakage import Leakage
+from vfl.quantization import Quantization
 
 OFF = vfl.Evaluation(0)
 WORLDS = (3, 2)  # 3 ranks are more than some cohorts hold
@@ -69,6 +71,9 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     late = Devices(device_speeds="pareto:2", client_dropout=0.3).wrap(Scaffold().build(mlp(), len(SIZES)), mlp(), 0)
     late = Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=2).wrap(late, mlp(), 0)
     found["late"] = played(late, mlp(), federated(), 6, clients_per_round=2, evaluation=OFF, **options)
+    leaky = Leakage(leakage="drop", leakage_bound=0.2).wrap(FedAvg().build(mlp(), len(SIZES)), mlp(), len(SIZES))
+    leaky = Quantization(quant_bits=6, quant_threshold=0.5, quant_anneal=0.8).wrap(leaky, mlp(), len(SIZES))
+    found["leaky"] = played(leaky, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
     found["diverged"] = diverged(spoilt, **options)
     found["stopped"] = stopped(ranks)
     return found

@@ -90,8 +90,8 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
              *(f"private/{kind}" for kind in KINDS),
-             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "personal", "diverged",
-             "stopped"]  # fmt: skip
+             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "personal", "leaky",
+             "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -110,6 +110,7 @@ def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
     assert "metric.test_loss" in alone["evaluated"] and "metric.client_train_loss_mean" in alone["evaluated"]
     assert alone["late"]["metric.pending"].any() and alone["late"]["metric.unanswered"].any()
     assert "metric.personal_train_loss_mean" in alone["personal"]
+    assert 0 < alone["leaky"]["metric.leaking"].max() < 6
     assert alone["diverged"]["round"] > 1
     assert alone["diverged"]["clients"].tolist() == [2]
 
