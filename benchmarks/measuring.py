@@ -26,10 +26,16 @@ def seconds(call: Callable[[], object], tries: int) -> list[float]:
 
 def in_turn(first: Callable[[], object], second: Callable[[], object], tries: int) -> tuple[list[float], list[float]]:
     """How long each of two calls takes, by turns, so that whatever slows the machine down slows both."""
-    first()
-    second()
-    pairs = [(_timed(first), _timed(second)) for _ in range(tries)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    a, b = by_turns([first, second], tries)
+    return a, b
+
+
+def by_turns(calls: Sequence[Callable[[], object]], tries: int) -> list[list[float]]:
+    """The same for any number of calls."""
+    for call in calls:
+        call()
+    rounds = [[_timed(call) for call in calls] for _ in range(tries)]
+    return [list(each) for each in zip(*rounds, strict=True)]
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -21,8 +21,9 @@ from torch._C._functorch import (
     _wrap_for_grad,
     get_interpreter_stack,
     peek_interpreter_stack,
+    unwrap_if_dead,
 )
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional
@@ -105,8 +106,9 @@ def convolution(
     known = (TransformType.Vmap, TransformType.Grad)
     if not stack or any(i.key() not in known for i in stack) or not batched or x.is_complex():
         return plain(x, w, b, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone, too
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)  # as torch casts for its own, but for float64
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
     return product("outputs", geometry, wanted, x, w, b)
 
@@ -115,22 +117,29 @@ def product(
     which: Product, geometry: Geometry, wanted: Wanted, a: Tensor, b: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """The product of the factors a and b; all tensors may have a client axis in front."""
-    # A `Function` with a rule for vmap would do the same through torch's general machinery, in ten times the time.
-    transform = peek_interpreter_stack()
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, bias))
-    if transform is None and not recorded:
+    # A `Function` with a rule for vmap would do the same through torch's general machinery, in ten times the time. Like
+    # there, whatever a `grad` that is over by now has left around a tensor comes off first.
+    a, b, bias = unwrap_if_dead(a), unwrap_if_dead(b), None if bias is None else unwrap_if_dead(bias)
+    if peek_interpreter_stack() is None:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, bias)):
+            return _record(which, geometry, wanted, a, b, bias)
         return _compute(which, geometry, wanted, a, b, bias)
-    if transform is None or transform.key() != TransformType.Vmap:
-        with enable_single_level_autograd_function():
-            return cast(Any, _Recorded).apply(which, geometry, wanted, a, b, bias)
+    transform = retrieve_current_functorch_interpreter()
+    if transform.key() != TransformType.Vmap:
+        return _record(which, geometry, wanted, a, b, bias)
     level = transform.level()
     (a, a_dim), (b, b_dim) = _unwrap_batched(a, level), _unwrap_batched(b, level)
     bias, bias_dim = (None, None) if bias is None else _unwrap_batched(bias, level)
-    with temporarily_pop_interpreter_stack():
+    with transform.lower():
         if a_dim is None and b_dim is None and bias_dim is None:
             return product(which, geometry, wanted, a, b, bias)
         found, dim = _mapped(which, geometry, wanted, a, b, bias, (a_dim, b_dim, bias_dim))
     return _add_batch_dim(found, dim, level)
+
+
+def _record(which: Product, geometry: Geometry, wanted: Wanted, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    with enable_single_level_autograd_function():
+        return cast(Any, _Recorded).apply(which, geometry, wanted, a, b, bias)
 
 
 def _mapped(
@@ -168,13 +177,13 @@ class _Recorded(_SingleLevelFunction):
     def forward(
         which: Product, geometry: Geometry, wanted: Wanted, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor:
-        transform = peek_interpreter_stack()
-        if transform is None:
+        if peek_interpreter_stack() is None:
             return _compute(which, geometry, wanted, a, b, bias)
+        transform = retrieve_current_functorch_interpreter()
         level = transform.level()
         a, b = _unwrap_for_grad(a, level), _unwrap_for_grad(b, level)
         bias = None if bias is None else _unwrap_for_grad(bias, level)
-        with torch.enable_grad(), temporarily_pop_interpreter_stack():  # for the levels below to record it, too
+        with torch.enable_grad(), transform.lower():  # for the levels below to record it, too
             found = product(which, geometry, wanted, a, b, bias)
         return _wrap_for_grad(found, level)
 

@@ -51,22 +51,24 @@ class Case(NamedTuple):
 
 def fastest(which: Product, geometry: Geometry, a: Tensor, b: Tensor, bias: Tensor | None) -> str:
     """The name of the formulation to take for such factors, of C clients each."""
-    if len(a) == 1:
-        return "each"
-    # Each output is I/G · k products, and the derivatives take as many.
-    w = a.shape[2] * b.shape[2] // geometry.groups * math.prod(geometry.kernel)
-    each = a.shape[1] * math.prod(geometry.outputs) * (w if which == "weights" else math.prod(b.shape[1:]))
-    C = min(len(a), max(FEWEST, min(WORK // max(each, 1), MOST)))
-    case = Case(which, geometry, (C, *a.shape[1:]), (C, *b.shape[1:]), bias is not None, a.dtype, a.device,
-                torch.get_num_threads())  # fmt: skip
     if isinstance(a, FakeTensor):  # a program that is made without data: there is nothing to time
-        return choices.known(KIND, case.name, FORMULATIONS) or ("each" if a.device.type == "cpu" else "grouped")
-    return _fastest(case)
+        return "each" if a.device.type == "cpu" else "grouped"
+    return _fastest(
+        Case(which, geometry, a.shape, b.shape, bias is not None, a.dtype, a.device, torch.get_num_threads())
+    )
 
 
 @functools.cache
 def _fastest(case: Case) -> str:
-    """By timings of this run or an earlier one."""
+    """By timings of this run or an earlier one, perhaps of fewer clients."""
+    if case.a[0] == 1:
+        return "each"
+    # Each output is I/G · k products, and the derivatives take as many.
+    w = case.a[2] * case.b[2] // case.geometry.groups * math.prod(case.geometry.kernel)
+    w = w if case.which == "weights" else math.prod(case.b[1:])
+    each = case.a[1] * math.prod(case.geometry.outputs) * w
+    few = min(case.a[0], max(FEWEST, min(WORK // max(each, 1), MOST)))
+    case = case._replace(a=(few, *case.a[1:]), b=(few, *case.b[1:]))
     return choices.fastest(KIND, case.name, FORMULATIONS, lambda: _measure(case))
 
 
