@@ -57,12 +57,12 @@ LAYERS: Mapping[str, Layer] = {
     "cnn-2": Layer(32, 64, 5, 14, 2),
     "lenet-1": Layer(1, 6, 5, 28, 2, first=True),
     "lenet-2": Layer(6, 16, 5, 14, 0),
-    "resnet18-0": Layer(3, 64, 3, 32, 1, first=True),
-    "resnet18-1": Layer(64, 64, 3, 32, 1),
-    "resnet18-2": Layer(128, 128, 3, 16, 1),
-    "resnet18-2-down": Layer(64, 128, 3, 32, 1, stride=2),
-    "resnet18-3": Layer(256, 256, 3, 8, 1),
-    "resnet18-4": Layer(512, 512, 3, 4, 1),
+    "resnet-0": Layer(3, 64, 3, 32, 1, first=True),
+    "resnet-1": Layer(64, 64, 3, 32, 1),
+    "resnet-2": Layer(128, 128, 3, 16, 1),
+    "resnet-s": Layer(64, 128, 3, 32, 1, stride=2),
+    "resnet-3": Layer(256, 256, 3, 8, 1),
+    "resnet-4": Layer(512, 512, 3, 4, 1),
 }
 
 
@@ -128,7 +128,7 @@ COLUMNS = (
     Column("layer", lambda row: row["layer"]),
     Column("clients", lambda row: str(row["clients"])),
     *map(_rate, ("loop", "torch", "each", "grouped", "unfold", "auto")),
-    Column(f"(≤ {ALLOWED})", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
+    Column("ratio", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
 )
 
 
@@ -139,12 +139,12 @@ def main(
     tries: int = 7,
     json: Path | None = None,
 ) -> None:
-    """Measures layers, and prints a table in Gflop/s, with the time of `auto` over that of the best of loop and torch.
+    """Measures layers, and prints a table in Gflop/s.
 
-    Exits with 1 where that ratio is above what is allowed.
+    The ratio is the time of `auto` over that of the best of loop and torch. Exits with 1 where it is above 1.05.
 
     Args:
-        layers: Their names, or all: cnn-1, cnn-2, lenet-1, lenet-2, resnet18-0 to resnet18-4, resnet18-2-down.
+        layers: Their names, or all: cnn-1, cnn-2, lenet-1, lenet-2, resnet-0 to resnet-4, resnet-s.
         clients: How many at once.
         batch: Images of each client.
         tries: Calls of each way, after one that warms up.
