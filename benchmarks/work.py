@@ -80,6 +80,8 @@ class Work:
     """Seed of the examples and of the initial model."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+    tf32: bool = False
+    """Whether a GPU's matrix products use TF32 (vfl and the plain loop)."""
 
 
 class Outcome(NamedTuple):

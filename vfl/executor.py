@@ -102,7 +102,7 @@ class Executor:
         update = self.problem.algorithm.client_update
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
         parts = (getattr(update, "__module__", ""), self.problem.sizes, self.problem.dtype, work, device,
-                 torch.get_num_threads(), torch.__version__)  # fmt: skip
+                 torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def layout(self, round: Round) -> Layout | None:

@@ -6,7 +6,7 @@ pass. A task's modules never change, so the places of their tensors are looked u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,14 +25,16 @@ class Stateless:
         held = dict([*module.named_parameters(), *module.named_buffers()])
         self._places = {name: places[id(held[name])] for name in names}
 
-    def __call__(self, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(
+        self, tensors: Mapping[str, Tensor], *inputs: Any, call: Callable[..., Any] = nn.Module.__call__
+    ) -> tuple[Any, dict[str, Tensor]]:
         """The module's outputs with these tensors in place of its own, and what it has left in their places."""
         own = [(registry, key, registry[key]) for name in tensors for registry, key in self._places[name]]
         for name, tensor in tensors.items():
             for registry, key in self._places[name]:
                 registry[key] = tensor
         try:
-            outputs = self.module(x)
+            outputs = call(self.module, *inputs)
             left = {name: self._places[name][0][0][self._places[name][0][1]] for name in tensors}
         finally:
             for registry, key, tensor in own:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from vfl.errors import UsageError, unknown
 from vfl.formulations import FORMULATIONS
 from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
 from vfl.names import in_norms, select
+from vfl.recompute import recompute as forgetting
 from vfl.slots import Stateless
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def task(
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
     convolution: Wanted = "auto",
+    recompute: Sequence[str] = (),
 ) -> Task:
     """A task from any module and any loss; the module itself is copied and left alone.
 
@@ -155,13 +157,18 @@ def task(
     batch norm normalizes by its running statistics and leaves them. Batch norm ignores padding, and dropout
     draws from the batch's key. Raises UsageError for a module with nothing to train and an unknown `convolution`,
     and `grad_fn` and `evaluate` raise it for a loss or a metric that is not one value an example.
+    parameters, gradients, losses and all sums stay in `dtype`. Submodules named in `recompute` keep their inputs alone
+    and compute their activations again for the gradient: less memory a client, more time (`vfl.recompute`).
+    Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
+    draws from the batch's key. Raises UsageError for a module with nothing to train, and `grad_fn` and `evaluate` raise
+    it for a loss or a metric that is not one value an example.
     """
     if convolution not in (known := ("auto", *FORMULATIONS)):
         raise unknown("convolution", convolution, known)
     if metrics is None:
         known = accuracy if loss is cross_entropy else binary_accuracy if loss is logistic else None
         metrics = {"accuracy": known} if known else {}
-    module = functionalize(copy.deepcopy(module), convolution).to(device, dtype).train()
+    module = forgetting(functionalize(copy.deepcopy(module), convolution).to(device, dtype).train(), recompute)
     norms = in_norms(module)
     if frozen is not None:
         _freeze(module, frozen, norms)

@@ -11,6 +11,7 @@ import vfl
 from algorithms.fedavg import FedAvg
 from benchmarks.systems.torch_loop import gpu_memory, models, tensors
 from benchmarks.work import CHARACTERS, CLASSES, Outcome, Work, parameters, timed
+from vfl.precision import tf32
 
 COMPILED_CHUNK = {"softmax": 50, "mlp": 10, "cnn": 2, "lstm": 4, "resnet18": 1}
 """Clients at once on a CPU: a few megabytes of models, which stay in the caches."""
@@ -33,7 +34,7 @@ def run(model: str, work: Work, **options: Any) -> Outcome:
     clients, _ = vfl.data.from_arrays(x, y, users)
     classes, transform = (CHARACTERS, vfl.data.as_stored) if model == "lstm" else (CLASSES, vfl.data.cast)
     data = vfl.data.FederatedData("random", clients, None, None, None, classes, transform)
-    with vfl.launched(task.x.device) as ranks:
+    with vfl.launched(task.x.device) as ranks, tf32(work.tf32):
         stream = vfl.rounds(
             FedAvg(local_lr=work.lr), task, data, work.rounds, clients_per_round=work.clients, ranks=ranks,
             batch_size=work.batch, local_epochs=work.epochs, evaluation=vfl.Evaluation(every=0), **options,

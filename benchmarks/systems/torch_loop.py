@@ -65,11 +65,14 @@ def tensors(work: Work, model: str = "cnn") -> tuple[Tensor, Tensor]:
 
 def run(model: str, work: Work) -> Outcome:
     """FedAvg; under torchrun the clients are split over the processes and one all-reduce a round sums them."""
+    from vfl.precision import tf32  # which the peers' environments lack
+
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         dist.init_process_group("nccl" if work.device == "cuda" else "gloo")
     net = network(model, parameters(model, work)).to(work.device)
-    seconds, server = timed(_rounds(net, *tensors(work, model), work, several))
+    with tf32(work.tf32):
+        seconds, server = timed(_rounds(net, *tensors(work, model), work, several))
     if several:
         dist.destroy_process_group()
     nn.utils.vector_to_parameters(server, net.parameters())

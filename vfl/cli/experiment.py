@@ -106,11 +106,10 @@ def make_task(call: Call, data: FederatedData, device: torch.device, seed: int |
         module = model(options.model, x_shape, data.classes, y_shape)
     penalty = regularizer(options.regularizer)
     loss = _loss(module, data, options.model)
-    mixed = options.dtype == "bfloat16"
+    mixed, dtype = options.dtype == "bfloat16", torch.float64 if options.dtype == "float64" else torch.float32
     made = task(
         module, loss, regularizer=penalty if options.regularizer else None, device=device,
-        dtype=torch.float32 if mixed else getattr(torch, options.dtype), compute=torch.bfloat16 if mixed else None,
-        frozen=options.frozen,
+        dtype=dtype, compute=torch.bfloat16 if mixed else None, frozen=options.frozen, recompute=options.forgetful(),
     )  # fmt: skip
     if options.init_from is not None:
         made = pretrained(made, options.init_from)

@@ -99,9 +99,12 @@ class RunOptions:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     ranks: str = "1"
     """Processes on this machine that share each round's clients: a count, or auto (one a GPU, else one a core)."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16", "tf32"] = "float32"
     """Floating-point type of the model and the training; bfloat16: of the layers, with the model and all sums, and so
-    what is sent, in float32."""
+    what is sent, in float32; tf32: float32, with a GPU's matrix products in TF32."""
+    recompute: Annotated[str | None, _default("none")] = None
+    """Submodules of the model, separated by commas, that compute their activations again for the gradient: less memory
+    a client, more time."""
     execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
     """vmap: a chunk of clients at once; compile: the same, compiled; loop: one client after the other, for debugging
     (breakpoints and prints work); auto: the fastest of them, found while the run goes on."""
@@ -178,6 +181,10 @@ class RunOptions:
         """The number of ranks; None: auto."""
         return _count("ranks", self.ranks, "auto", _MOST_RANKS)
 
+    def forgetful(self) -> tuple[str, ...]:
+        """The submodules that compute their activations again."""
+        return tuple(name.strip() for name in self.recompute.split(",")) if self.recompute else ()
+
     def chosen_metrics(self) -> tuple[str, ...]:
         """The metrics' names."""
         return tuple(name.strip() for name in self.metrics.split(",")) if self.metrics else ()
@@ -206,8 +213,8 @@ def _count(name: str, text: str, word: str, most: int) -> int | None:
 # They say where a run lies, who computes it and who is told, not what it is.
 ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks", "track"}
 # They do not change the results, so a resumed run may change them.
-NEUTRAL = {"rounds", "data_root", "device", "execution", "chunk", "client_state", "eval_every", "validation_every",
-           "client_eval_every", "metrics", "checkpoint_every", "keep", "best_by", "patience", "stop_at"}  # fmt: skip
+NEUTRAL = {"rounds", "data_root", "device", "recompute", "execution", "chunk", "client_state", "eval_every",
+           "validation_every", "client_eval_every", "metrics", "checkpoint_every", "keep", "best_by", "patience", "stop_at"}  # fmt: skip
 
 
 # What can be done to any algorithm, the first one innermost: to a client's message, to when it comes, to the server.

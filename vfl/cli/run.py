@@ -27,6 +27,7 @@ from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import check_metrics
 from vfl.plots import score
+from vfl.precision import tf32
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import play
@@ -47,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         return launch(argv, count)
     follow_launcher()
     device = local_device(call.options.device)
-    with launched(device) as ranks:
+    with launched(device) as ranks, tf32(call.options.dtype == "tf32" and device.type == "cuda"):
         return _run(call, device, ranks)
 
 
