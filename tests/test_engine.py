@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vfl
 from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.scaffold import Scaffold
+from vfl.executor import Executor
 
 WORK = {"epochs": {"local_epochs": 2}, "steps": {"local_steps": 5}}
 every_work = pytest.mark.parametrize("work", WORK.values(), ids=WORK.keys())
@@ -107,6 +108,22 @@ def test_client_state_on_the_host_equals_client_state_on_the_device(device):
             wanted = numbers
     assert places == {"device": device, "host": "cpu"}
     assert_same(numbers, wanted, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("algorithm", [FedAvg(), Scaffold()])
+def test_a_gpu_is_not_waited_for_while_the_chunks_of_a_round_are_computed(algorithm, monkeypatch):
+    original = Executor.run
+
+    def strict(self, queue, shared, round):
+        torch.cuda.set_sync_debug_mode("error" if round.number > 1 else "default")
+        try:
+            original(self, queue, shared, round)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Executor, "run", strict)
+    run(algorithm, mlp("cuda"), federated(), 3, chunk=2, **PARTIAL)
 
 
 # Weights and cohorts

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -235,6 +237,12 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
     """The tensors of a tree by their path, `opt.m` for the field m of the field opt."""
     paths, _ = pytree.tree_flatten_with_path(tree)
     return {".".join(_entry(part) for part in path): leaf for path, leaf in paths}
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The host's numbers on the device. A GPU's queue goes on meanwhile, which a plain copy would wait for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _entry(part: Any) -> str:

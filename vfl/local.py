@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vfl import draws, random
-from vfl.base import Message, Metrics, Tree, leaves, tree_map
+from vfl.base import Message, Metrics, Tree, leaves, on_device, tree_map
 from vfl.data.container import Transform
 from vfl.errors import UsageError, unknown
 from vfl.optimizers import Optimizer, clip_norm
@@ -128,10 +128,10 @@ def minibatches(
     batches, counts = work.batch(sizes), work.counts(sizes)
     steps, largest = max(int(counts.max()), 1), max(int(sizes.max()), 1)
     batch = max(int(batches.max()), 1)  # padding that no client fills would cost as much as examples
-    n, start, mine = (torch.from_numpy(a).to(device)[:, None] for a in (
+    n, start, mine = (on_device(a, device)[:, None] for a in (
         np.maximum(sizes, 1), np.where(sizes > 0, starts, 0), counts))  # [C, 1]  # fmt: skip
     place, k = torch.arange(batch, device=device), torch.arange(steps, device=device)
-    mask = (place < torch.from_numpy(batches).to(device)[:, None, None]) & (k < mine)[:, :, None]
+    mask = (place < on_device(batches, device)[:, None, None]) & (k < mine)[:, :, None]
     weight: Weight = ()
     if work.draw == "nice":
         chosen = draws.nice(keys, n, steps, batch, largest)
@@ -146,7 +146,7 @@ def minibatches(
         fresh = work.reshuffle == "epoch"
         passes = -(-counts // per_epoch) if fresh else 1
         order = draws.shuffled(keys, n, max(int((passes * sizes).max()), 1))
-        spe, size = (torch.from_numpy(np.maximum(a, 1)).to(device)[:, None] for a in (per_epoch, batches))
+        spe, size = (on_device(np.maximum(a, 1), device)[:, None] for a in (per_epoch, batches))
         within = (k % spe * size)[:, :, None] + place  # [C, K, B] position in the epoch
         mask = mask & (within < n[:, :, None])
         position = within + (k // spe * n)[:, :, None] if fresh else within
@@ -249,7 +249,8 @@ def keep_where(condition: Tensor, new: Tree, old: Tree) -> Tree:
 def float_bits(payload: Tree) -> Tensor:
     """Bits of sending every entry of a payload as it is: [] float64."""
     size = sum(leaf.numel() * leaf.element_size() * 8 for leaf in leaves(payload))
-    return torch.tensor(float(size), dtype=torch.float64, device=leaves(payload)[0].device)
+    # Filled on the device: a number from the host would make a GPU's queue wait.
+    return torch.full((), float(size), dtype=torch.float64, device=leaves(payload)[0].device)
 
 
 def message(payload: Tree, weight: Tensor) -> Message:

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Tree, tree_map
+from vfl.base import Tree, on_device, tree_map
 from vfl.execute import Bounds, Inputs
 from vfl.local import Minibatches, Work, minibatches
 from vfl.profiling import Clock
@@ -141,6 +140,6 @@ class Queue:
             plan = minibatches(self.work, keys, c.starts[of].reshape(-1), c.sizes[of].reshape(-1), self.marks)
             if len(shape) > 1:
                 plan = tree_map(lambda t: t.unflatten(0, shape) if isinstance(t, Tensor) else t, plan)
-            starts, sizes = (torch.from_numpy(a[of]).to(device) for a in (c.starts, c.sizes))
+            starts, sizes = (on_device(a[of], device) for a in (c.starts, c.sizes))
             self._group = Group(first, end, plan, starts, sizes)
         return self._group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.base import Tree, leaves, tree_map
+from vfl.base import Tree, leaves, on_device, tree_map
 
 
 class Store:
@@ -38,7 +38,7 @@ class Store:
         if self.empty:
             return self.template
         at = np.array([self.row.get(i, -1) for i in ids.tolist()], dtype=np.int64)
-        known, new = (torch.from_numpy(a).to(self.place) for a in (at.clip(0), np.flatnonzero(at < 0)))
+        known, new = (on_device(a, self.place) for a in (at.clip(0), np.flatnonzero(at < 0)))
         stacked = []
         for rows, first in zip(self._rows, leaves(self.template), strict=True):
             if len(new) == len(ids):

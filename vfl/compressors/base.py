@@ -94,7 +94,7 @@ def projection(apply: Callable[[Tensor, Tensor, Code], tuple[Tensor, Code]], alp
 
 def scalar(x: Number, device: torch.device) -> Tensor:
     """A number as float64 []."""
-    return x.to(torch.float64) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=device)
+    return x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
 
 
 def least(x: Number, most: float) -> Number:
