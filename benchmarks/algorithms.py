@@ -29,6 +29,7 @@ from benchmarks.measuring import result, save
 from benchmarks.tables import Column, Row, mark, markdown, number, terminal
 from vfl.algorithms import algorithms as entry_points
 from vfl.algorithms import load_algorithm
+from vfl.allocation import keep_freed_memory
 from vfl.data.container import FederatedData
 from vfl.engine import RoundMetrics
 from vfl.errors import DivergedError, UsageError
@@ -176,6 +177,7 @@ def main(
         compressors: As vfl.compressors takes them, such as rand_k:0.01; all; or none.
         json: The file to write the numbers to.
     """
+    keep_freed_memory()  # as an engine does, for the compressors, too
     console = Console()
     rows = []
     for text in _chosen(algorithms, list(entry_points())):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from vfl.allocation import keep_freed_memory
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
@@ -53,6 +54,8 @@ class Executor:
         batch_bytes: int,
         work: str,
     ) -> None:
+        if x.device.type == "cpu":
+            keep_freed_memory()
         model_bytes = x.numel() * x.element_size() * (problem.replicas or 1)
         self.problem, self.device, self.place = problem, x.device, place
         self.sum_dtype = torch.promote_types(problem.dtype, torch.float32)
