@@ -212,7 +212,7 @@ def main(
             Console(stderr=True).print(f"{turn}/{repeats} {setting.model}, {said}", highlight=False)
     found = {s: {key: statistics.median(run[key] for run in each) for key in each[0]} for s, each in runs.items()}
     by_size, by_count = by_chunk({s: found[s] for s in grown}), by_cohort({s: found[s] for s in varied})
-    Console().print(terminal(CHUNKS, by_size, "memory of a client of a chunk, and its parts (MB)"))
+    Console().print(terminal(CHUNKS[:4], by_size, "memory of a client of a chunk"))
     Console().print(terminal(COHORTS, by_count, f"memory of a round in chunks of {case.chunk}"))
     if json is not None:
         raw = [asdict(s) | run for s, each in runs.items() for run in each]
