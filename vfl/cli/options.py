@@ -214,7 +214,8 @@ def _count(name: str, text: str, word: str, most: int) -> int | None:
 ABOUT_THE_CALL = {"out", "resume", "overwrite", "profile", "quiet", "config", "ranks", "track"}
 # They do not change the results, so a resumed run may change them.
 NEUTRAL = {"rounds", "data_root", "device", "recompute", "execution", "chunk", "client_state", "eval_every",
-           "validation_every", "client_eval_every", "metrics", "checkpoint_every", "keep", "best_by", "patience", "stop_at"}  # fmt: skip
+           "validation_every", "client_eval_every", "metrics", "checkpoint_every", "keep", "best_by", "patience",
+           "stop_at"}  # fmt: skip
 
 
 # What can be done to any algorithm, the first one innermost: to a client's message, to when it comes, to the server.
