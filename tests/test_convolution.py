@@ -184,9 +184,10 @@ def test_a_bias_alone_can_be_learnt():
     close(recorded.grad, case.by_loop(case.w, case.x)[2])
 
 
+@pytest.mark.parametrize("way", ["each", "unfold"])
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_a_traced_program_holds_a_call_for_all_clients(mode):
-    case = Case("padded", way="each")
+def test_a_traced_program_holds_a_call_for_all_clients(mode, way):
+    case = Case("padded", way=way)
 
     def program(w, b, x):
         return vmap(grad(lambda w, b, x: case.loss({"weight": w, "bias": b}, x), (0, 1, 2)))(w, b, x)
@@ -194,7 +195,7 @@ def test_a_traced_program_holds_a_call_for_all_clients(mode):
     arguments = (case.w["weight"], case.w["bias"], case.x)
     graph = make_fx(program, tracing_mode=mode)(*arguments)
     named = [str(node.target) for node in graph.graph.nodes if "convolution" in str(node.target)]
-    assert sorted(named) == [f"vfl.each_convolution{part}.default" for part in ("", "_inputs", "_weights")]
+    assert sorted(named) == [f"vfl.{way}_convolution{part}.default" for part in ("", "_inputs", "_weights")]
     for found, expected in zip(graph(*arguments), case.by_loop(case.w, case.x)[1:], strict=True):
         close(found, expected)
 

@@ -250,12 +250,18 @@ def _operation(
     return call
 
 
+def _opaque(name: str, ways: Formulation) -> Formulation:
+    """The same, each of the three as one operation."""
+    return Formulation(
+        _operation(f"{name}_convolution", "Tensor x, Tensor w, Tensor? b", ways.outputs, _no_outputs),
+        _operation(f"{name}_convolution_inputs", "Tensor g, Tensor w", ways.inputs, _no_inputs),
+        _operation(f"{name}_convolution_weights", "Tensor g, Tensor x", ways.weights, _no_weights),
+    )
+
+
 FORMULATIONS: Mapping[str, Formulation] = {
-    "each": Formulation(
-        _operation("each_convolution", "Tensor x, Tensor w, Tensor? b", _each_outputs, _no_outputs),
-        _operation("each_convolution_inputs", "Tensor g, Tensor w", _each_inputs, _no_inputs),
-        _operation("each_convolution_weights", "Tensor g, Tensor x", _each_weights, _no_weights),
-    ),
+    "each": _opaque("each", Formulation(_each_outputs, _each_inputs, _each_weights)),
     "grouped": Formulation(_grouped_outputs, _grouped_inputs, _grouped_weights),
-    "unfold": Formulation(_unfold_outputs, _unfold_inputs, _unfold_weights),
+    # An operation, too: compiled, the many small ones that it consists of would take minutes.
+    "unfold": _opaque("unfold", Formulation(_unfold_outputs, _unfold_inputs, _unfold_weights)),
 }
