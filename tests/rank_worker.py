@@ -15,8 +15,6 @@ import vfl
 from algorithms.ditto import Ditto
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
-from vfl.delays import Delays
-from vfl.devices import Devices
 from vfl.leakage import Leakage
 from vfl.quantization import Quantization
 
@@ -68,9 +66,13 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["krum"] = played(Scaffold(aggregator="multi_krum:f=1,m=3"), mlp(), federated(), 3, **everyone)
     median = FedAvg(aggregator="median")
     found["median-dropped"] = played(median, mlp(), spoilt, 4, on_nonfinite="drop", **everyone)
-    late = Devices(device_speeds="pareto:2", client_dropout=0.3).wrap(Scaffold().build(mlp(), len(SIZES)), mlp(), 0)
-    late = Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=2).wrap(late, mlp(), 0)
-    found["late"] = played(late, mlp(), federated(), 6, clients_per_round=2, evaluation=OFF, **options)
+    late = vfl.Devices(device_speeds="pareto:2", client_dropout=0.3).wrap(Scaffold().build(mlp(), len(SIZES)), mlp(), 0)
+    late = vfl.Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=2).wrap(late, mlp(), 0)
+    some = {"clients_per_round": "1..3", "evaluation": OFF, "execution": "vmap"}
+    found["late"] = played(late, mlp(), federated(), 6, **some, **options)
+    plateau = vfl.Plateau(plateau_patience=1, plateau_metric="test_loss", plateau_factor=0.5, fall_back=True)
+    falling = {"plateau": plateau, "clients_per_round": 6, "execution": "vmap"}
+    found["plateau"] = played(Scaffold(local_lr=1.0), norm_and_dropout(), federated(), 6, **falling, **options)
     leaky = Leakage(leakage="drop", leakage_bound=0.2).wrap(FedAvg().build(mlp(), len(SIZES)), mlp(), len(SIZES))
     leaky = Quantization(quant_bits=6, quant_threshold=0.5, quant_anneal=0.8).wrap(leaky, mlp(), len(SIZES))
     found["leaky"] = played(leaky, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)

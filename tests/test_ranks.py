@@ -90,7 +90,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
              *(f"private/{kind}" for kind in KINDS),
-             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "personal", "leaky",
+             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "plateau", "personal", "leaky",
              "diverged", "stopped"]  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
     assert alone["late"]["metric.pending"].any() and alone["late"]["metric.unanswered"].any()
     assert "metric.personal_train_loss_mean" in alone["personal"]
     assert 0 < alone["leaky"]["metric.leaking"].max() < 6
+    assert len(set(alone["plateau"]["metric.local_lr"])) > 2
     assert alone["diverged"]["round"] > 1
     assert alone["diverged"]["clients"].tolist() == [2]
 
