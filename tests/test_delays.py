@@ -36,6 +36,7 @@ from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.mime import Mime
 from algorithms.scaffold import Scaffold
 from vfl import checkpoint, delays, execute, random
+from vfl.base import Model, Personal
 from vfl.delays import DELAYS, Delays, Staleness
 from vfl.devices import Devices
 from vfl.spec import resolve
@@ -368,7 +369,28 @@ def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence)
 
 def test_algorithms_that_ask_everyone_run_without_delays():
     with pytest.raises(vfl.UsageError, match="asks all clients in some rounds"):
-        SCAFFOLD.delays.wrap(ALGORITHMS["marina"].build(mlp(), N), mlp(), N)
+        SCAFFOLD.delays.wrap(ALGORITHMS["ppmarina"].build(mlp(), N), mlp(), N)
+
+
+def test_aggregators_that_need_every_message_run_without_delays():
+    with pytest.raises(vfl.UsageError, match="this aggregator needs each of them"):
+        SCAFFOLD.delays.wrap(FedAvg(aggregator="median").build(mlp(), N), mlp(), N)
+
+
+def test_clients_own_models_are_those_of_the_algorithm_inside():
+    """Evaluated where the server's state is a wrapper's, or two wrappers'."""
+    task = mlp()
+    options = {"clients_per_round": 5, "batch_size": 4, "seed": SEED, "chunk": 3, "execution": "vmap"}
+    when = vfl.Evaluation(1, clients_every=1)
+    personal = Personal(lambda server, client, batches: Model(server.x + server.t, batches.buffers))
+    plain = FedAvg().build(task, N)._replace(personal=personal)
+    _, wanted = vfl.simulate(plain, task, federated(), 1, evaluation=when, **options)
+    never = delays.delayed(delays.buffered(plain, 1), 1e-300, resolve("uniform:2", DELAYS, "delay"))
+    _, found = vfl.simulate(never, task, federated(), 1, evaluation=when, **options)
+    names = {name for name in wanted[0] if name.startswith("personal_")}
+    assert names
+    for name in names:
+        assert found[0][name] == pytest.approx(wanted[0][name], rel=1e-12)
 
 
 @pytest.mark.parametrize(("chosen", "how"), [(SCAFFOLD.delays, "delays"), (Delays(buffer_size=8), "a buffer")])

@@ -123,13 +123,15 @@ def delayed(
     Metrics, beside the algorithm's: `late`, how many of the cohort will arrive in a later round; `arrived`, how many
     updates arrived in this one; `pending`, how many are still to come: after the last round these are lost.
     Raises UsageError for an algorithm whose rounds ask for different things, so that a late answer would be taken for
-    another one.
+    another one, and for an aggregator that needs each message.
     """
     T = delay.longest
-    refuse_combined(algorithm, "delays")
     if algorithm.everyone is not None:
         raise UsageError("this algorithm asks all clients in some rounds, and then needs their answers in the same "
                          "round: it runs without delays")  # fmt: skip
+    if algorithm.combine is not None:
+        raise UsageError("late updates wait as their sum, and this aggregator needs each of them: it runs without "
+                         "delays")  # fmt: skip
 
     def init_server(x: Tensor) -> Delayed:
         return Delayed(algorithm.init_server(x), (), x.new_zeros(T), x.new_zeros(T))
@@ -208,8 +210,6 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
     after the round; the algorithm's own metrics are NaN in rounds without a step.
     """
 
-    refuse_combined(algorithm, "a buffer")
-
     def init_server(x: Tensor) -> Buffered:
         return Buffered(algorithm.init_server(x), (), x.new_zeros(()), x.new_zeros(()))
 
@@ -240,13 +240,6 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         idle=idle,
         expect=expect,
     )
-
-
-def refuse_combined(algorithm: Algorithm, what: str) -> None:
-    """Raises UsageError for an algorithm that combines its messages by another rule than their mean."""
-    if algorithm.combine is not None:
-        raise UsageError(f"{what} and an aggregator other than mean or norm_clip do not go together, since messages "
-                         "that wait are kept as their sum")  # fmt: skip
 
 
 def discount(staleness: Staleness, tau: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Tree, nested, tree_map
+from vfl.base import Algorithm, Tree, nested, tree_map, with_model
 from vfl.engine import RoundMetrics, State
 from vfl.errors import UsageError, unknown
 from vfl.replicas import Varied, over_grid
@@ -114,7 +114,7 @@ class Plateau:
         )
         if self.fall_back:
             x, buffers = _copy(server.kept)
-            inner, state = inner._replace(inner=inner.inner._replace(x=x)), state._replace(buffers=buffers)
+            inner, state = with_model(inner, x), state._replace(buffers=buffers)
         return state, server._replace(inner=inner, since=torch.zeros_like(server.since))
 
 
