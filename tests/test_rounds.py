@@ -1,6 +1,7 @@
 """Rounds: cohorts of any size, schedules of evaluation, early stops, plateaus, the best model, a pretrained start."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import papers
@@ -21,7 +22,7 @@ from vfl.plateau import Plateau
 from vfl.pretrained import pretrained
 from vfl.schedules import schedule
 from vfl.simulate import play
-from vfl.stopping import Stopping, criterion
+from vfl.stopping import Standing, Stopping, agreed, criterion
 
 SEED = 7
 OPTIONS = {"clients_per_round": 5, "batch_size": 4, "seed": SEED, "chunk": 3, "execution": "vmap"}
@@ -168,6 +169,18 @@ def test_the_standing_is_that_of_the_whole_history_wherever_it_was_cut():
         assert standing == whole
 
 
+@pytest.mark.parametrize("standing", [Standing(), Standing(-0.25, 7, 3, None), Standing(0.0, 2, 0, 9)])
+def test_the_standing_is_the_first_ranks(standing):
+    class Others(NamedTuple):
+        first: bool
+
+        def all_reduce(self, flat):
+            return flat + torch.tensor([standing[0] is not None, standing[0] or 0, *standing[1:3], standing[3] or 0])
+
+    assert agreed(standing, vfl.Ranks(), torch.device("cpu")) == standing
+    assert agreed(Standing(1.0, 1, 1, 1), Others(False), torch.device("cpu")) == standing
+
+
 def test_an_early_stop_ends_the_run_and_a_resumed_one_does_not_go_on():
     options = OPTIONS | {"evaluation": vfl.Evaluation(1)}
     _, history = vfl.simulate(FedAvg(), regression(), federated(), 12, **options)
@@ -180,7 +193,7 @@ def test_an_early_stop_ends_the_run_and_a_resumed_one_does_not_go_on():
     assert [m["test_accuracy"] for m in short] == accuracies[:first] and state.round == first
     task = regression()
     engine = vfl.Engine(FedAvg().build(task, N), task, federated(), clients_per_round=5)
-    assert list(play(engine, state, 12, stopping=stopping, history=short)) == []
+    assert list(play(engine, state, 12, stopping=stopping, standing=stopping.standing(short))) == []
 
 
 @pytest.mark.parametrize(

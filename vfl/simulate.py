@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from vfl.personal import evaluate_personal
 from vfl.plateau import Plateau
 from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.samplers import Amount
-from vfl.stopping import Stopping
+from vfl.stopping import Standing, Stopping
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
 from vfl.wrappers import Context, Wrapper, wrapped
@@ -140,15 +140,15 @@ def play(
     stopping: Stopping = Stopping(),
     plateau: Plateau = Plateau(),
     stop: Callable[[], bool] = lambda: False,
-    history: Iterable[RoundMetrics] = (),
+    standing: Standing = Standing(),
 ) -> Iterator[tuple[State, RoundMetrics]]:
     """`rounds` on an engine, from a state of its own.
 
-    `history` are the metrics of the rounds before, which a resumed run's `stopping` goes on from. With a `plateau`, the
-    engine's algorithm is built from the options that `plateau.configure` returns.
+    `standing` is where `stopping` goes on from in a resumed run, the same on every rank. With a `plateau`, the engine's
+    algorithm is built from the options that `plateau.configure` returns.
     """
     check_metrics(evaluation.metrics, engine.task)
-    memory, standing = Memory(engine.device), stopping.standing(history)
+    memory = Memory(engine.device)
     while state.round < rounds and stopping.reason(standing) is None:
         before = state.totals
         state, metrics = engine.play(state, rounds, stop)

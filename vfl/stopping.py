@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from vfl.distributed import Ranks
 from vfl.errors import UsageError
 from vfl.plots import score
 
@@ -73,6 +76,15 @@ class Standing(NamedTuple):
     round: int = 0  # after which that was measured
     since: int = 0  # measurements since then
     reached: int | None = None  # the round that met the target
+
+
+def agreed(standing: Standing, ranks: Ranks, device: torch.device) -> Standing:
+    """The first rank's standing, on every rank; what others read of a shared folder may be older."""
+    best, round, since, reached = standing if ranks.first else Standing()
+    given = [best is not None, best or 0, round, since, reached or 0]
+    known, value, *counts = ranks.all_reduce(torch.tensor(given, dtype=torch.float64, device=device)).tolist()
+    round, since, reached = map(int, counts)
+    return Standing(value if known else None, round, since, reached or None)
 
 
 @dataclass(frozen=True, kw_only=True)
