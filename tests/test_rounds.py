@@ -313,6 +313,19 @@ def test_a_plateau_and_its_best_model_survive_a_kill(tmp_path):
     assert [m["local_lr"] for _, m in rest] == rates[4:]
 
 
+def test_a_measurement_that_is_made_because_the_run_ends_judges_nothing():
+    """So a run that is interrupted between two evaluations goes on as an uninterrupted one."""
+    plateau = Plateau(plateau_patience=1, fall_back=True, plateau_metric="test_loss")
+    options = OPTIONS | {"plateau": plateau, "evaluation": vfl.Evaluation(2), "task": regression(), "data": federated()}
+    whole, wanted = vfl.simulate(FedAvg(local_lr=4.0), rounds=9, **options)
+    assert len({m["local_lr"] for m in wanted}) > 1
+    half, first = vfl.simulate(FedAvg(local_lr=4.0), rounds=3, **options)
+    assert "test_loss" in first[-1], "the round 3 is measured, as the last one"
+    ended, rest = vfl.simulate(FedAvg(local_lr=4.0), rounds=9, state=half, **options)
+    assert [m["local_lr"] for m in first + rest] == [m["local_lr"] for m in wanted]
+    assert_same(state_numbers(ended), state_numbers(whole), 0)
+
+
 def test_a_plateau_that_never_comes_changes_nothing():
     config = FedAvg()
     assert Plateau().configure(config) is config

@@ -175,9 +175,9 @@ def play(
         metrics |= found
         if engine.replicas is not None:
             metrics = summarized(metrics, engine.replicas)
-        state, metrics = plateau.after(state, metrics)
-        standing = stopping.after(standing, metrics)
-        yield state, metrics
+        state, judged = plateau.after(state, scheduled(metrics, evaluation))
+        standing = stopping.after(standing, judged)
+        yield state, metrics | judged
         if asked:
             return
 
@@ -228,6 +228,21 @@ def personal_scores(engine: Engine, state: State, when: Evaluation, last: bool) 
         for name, values in evaluate_personal(engine, state).items()
         for part, value in values._asdict().items()
     }
+
+
+def scheduled(metrics: RoundMetrics, when: Evaluation) -> RoundMetrics:
+    """A round's metrics without those that were measured because the run ended there, or was interrupted.
+
+    Nothing may be judged by these: an interrupted run would then go on otherwise than an uninterrupted one.
+    """
+    of_split = {"validation": when.every if when.validation_every is None else when.validation_every,
+                "test": when.every, "client": when.clients_every, "personal": when.clients_every}  # fmt: skip
+
+    def due(name: str) -> bool:
+        every = when.every if name in when.metrics else of_split.get(name.partition("_")[0], 1)
+        return every > 0 and metrics["round"] % every == 0
+
+    return {name: value for name, value in metrics.items() if due(name)}
 
 
 def _due(every: int, state: State, last: bool) -> bool:
