@@ -29,10 +29,10 @@ from benchmarks.measuring import result, save
 from benchmarks.tables import Column, Row, mark, markdown, number, terminal
 from vfl.algorithms import algorithms as entry_points
 from vfl.algorithms import load_algorithm
-from vfl.allocation import keep_freed_memory
 from vfl.data.container import FederatedData
 from vfl.engine import RoundMetrics
 from vfl.errors import DivergedError, UsageError
+from vfl.heap import keep_freed_memory
 
 ALLOWED = 1.5
 """How many times as long as FedAvg's a round may take, that computes as many gradients."""

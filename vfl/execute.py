@@ -21,7 +21,6 @@ from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import out_of_memory
 from vfl.data.container import Transform
 from vfl.errors import ClientError
-from vfl.heap import keep_freed_memory
 from vfl.leafwise import leafwise
 from vfl.local import Batches
 from vfl.matmul import faster_products
@@ -96,7 +95,6 @@ def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -
 
 def by_vmap(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs) -> Results:
     """All clients of the chunk at once, and all replicas."""
-    keep_freed_memory()
     if problem.replicas is not None:
         alone = problem._replace(replicas=None)
         return torch.func.vmap(lambda sent, mine: by_vmap(alone, bounds, shared._replace(sent=sent), mine))(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.allocation import keep_freed_memory
 from vfl.base import Tree, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
+from vfl.heap import keep_freed_memory
 from vfl.operators import Operators
 from vfl.queue import Queue, Slice
 from vfl.reduce import Layout, Results, Sums, layout, zeros

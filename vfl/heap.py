@@ -1,23 +1,28 @@
-"""Memory of the CPU's that a chunk has freed stays with the process, for the next one."""
+"""How the C library handles freed memory: on the CPU, fetching it anew can cost more than computing what fills it."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
+import os
 import sys
 
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # names of glibc's <malloc.h>
+# glibc's <malloc.h>: parameters of mallopt, and what they are set to. Larger blocks would have to be fetched anew.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+KEPT = 2**31 - 1  # bytes, the most that mallopt takes
+LARGEST = (2**30, 2**25)  # bytes; older versions take the second at most
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Tells glibc's allocator not to give freed memory back to the system; elsewhere, nothing.
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory it frees, for the next tensors; whether the C library does so from here on.
 
-    It would give back every block above 32 MB at once, and the next one would come in pages that the system first fills
-    with zeros, which takes longer than most layers compute: under vmap, where a layer's outputs are those of all
-    clients, it took two fifths of the time of the CNN of McMahan et al.
+    By default, glibc gives back what lies at the end of its heap once that is twice the largest block that was freed:
+    with two temporaries of a chunk's size, every operation pays for fresh pages. Where the environment sets any
+    MALLOC_… variable or tunable, that is left as it is; so are other C libraries.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, -1)
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return any(mallopt(MMAP_THRESHOLD, size) == 1 for size in LARGEST) and mallopt(TRIM_THRESHOLD, KEPT) == 1

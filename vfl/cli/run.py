@@ -30,8 +30,8 @@ from vfl.plots import score
 from vfl.precision import tf32
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
-from vfl.simulate import play
-from vfl.stopping import Stopping
+from vfl.simulate import play, scheduled
+from vfl.stopping import Stopping, agreed
 from vfl.terminal import number as shown
 from vfl.tracking import trackers
 
@@ -59,8 +59,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     folder, start = _open(call, start, device, ranks)
     state = start
     stopping: Stopping = call.groups["stopping"]
-    history = [row for row in runs.read_metrics(folder) if row["round"] <= start.round] if start.round else []
-    standing = stopping.standing(history)
+    before = runs.read_metrics(folder) if ranks.first and start.round else []
+    judged = (scheduled(row, when) for row in before if row["round"] <= start.round)
+    standing = agreed(stopping.standing(judged), ranks, device)
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
     def save() -> None:
@@ -90,12 +91,12 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         try:
             for state, metrics in play(
                 engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=call.groups["plateau"],
-                stop=lambda: bool(signalled()), history=history,
+                stop=lambda: bool(signalled()), standing=standing,
             ):  # fmt: skip
                 record(metrics)
                 show(metrics)
                 track(metrics)
-                standing = stopping.after(standing, metrics)
+                standing = stopping.after(standing, scheduled(metrics, when))
                 if standing.round == state.round:
                     write_model(runs.BEST)
                 step()
