@@ -8,12 +8,24 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
-from helpers import N, federated, mlp, norm_and_dropout, run
+from helpers import N, assert_same, federated, mlp, norm_and_dropout, run
 
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.marina import PPMarina
-from vfl.privacy import Context, Plan, Privacy, epsilon, epsilons, make_plan, solve_noise_multiplier
+from vfl.privacy import (
+    Adaptive,
+    Context,
+    Plan,
+    Privacy,
+    epsilon,
+    epsilons,
+    locally_private,
+    make_plan,
+    private,
+    solve_noise_multiplier,
+    tree,
+)
 from vfl.privacy.accounting import INTERVAL
 from vfl.privacy.central import Clipped
 
@@ -63,7 +75,16 @@ def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(sampling, am
     """T rounds with z are one with z / √T, whose ε is known exactly (Balle & Wang 1805.06530)."""
     plan = make_plan(sampling, amount, 10, DELTA, "pld")
     exact = dp_accounting.get_epsilon_gaussian(20 / math.sqrt(30), DELTA)
-    assert exact <= epsilon(plan, 20, 30) <= exact + INTERVAL
+    assert epsilon(plan, 20, 30) == pytest.approx(exact, rel=1e-12)
+    rdp = dp_accounting.rdp.RdpAccountant()
+    event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(20), 30)
+    assert epsilon(plan._replace(accountant="rdp"), 20, 30) == pytest.approx(by_the_library(rdp, event), rel=1e-12)
+
+
+def test_little_noise_has_a_large_epsilon_at_little_cost():
+    """Of as many points as more noise takes; the library's own grid would have a hundred times as many."""
+    rdp, pld = (make_plan("poisson", 0.1, 1000, DELTA, accountant) for accountant in ("rdp", "pld"))
+    assert 0.3 * epsilon(rdp, 0.1, 20) < epsilon(pld, 0.1, 20) < epsilon(rdp, 0.1, 20)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -161,6 +182,37 @@ def test_the_librarys_warnings_of_left_out_orders_are_not_the_users(caplog):
 # --- in a run ---
 
 
+def test_options_become_the_wrappers_they_name():
+    """Each in one step of the server, of a mean and a key alike."""
+    task, context = mlp(), Context(N, 4, "poisson", 9)
+    algorithm = FedAvg().build(task, N)
+    adaptive = Adaptive(0.5, 4 / 20, 0.3)
+    pairs = [
+        ({}, private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4)),
+        (
+            {"adaptive_clip_quantile": 0.5, "adaptive_clip_lr": 0.3},
+            private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, adaptive=adaptive),
+        ),
+        ({"mechanism": "ftrl"}, private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(4))),
+        (
+            {"mechanism": "ftrl", "tree_estimator": "binary"},
+            private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(4, "binary")),
+        ),
+        (
+            {"mechanism": "local", "max_weight": 3.0, "min_weight": 1.0, "scale_messages": True},
+            locally_private(algorithm, clip=0.2, noise_multiplier=0.1, weights=(1, 3), scale=True),
+        ),
+    ]
+    how = {"clients_per_round": 4, "sampling": "poisson", "seed": 3}
+    runs = []
+    for options, wanted in pairs:
+        wrapped = Privacy(clip=0.2, noise_multiplier=0.1, **options).wrap(algorithm, task, context)
+        runs.append(run(wanted, task, federated(), 3, **how))
+        assert_same(run(wrapped, task, federated(), 3, **how), runs[-1], 0)
+    xs = [found.get("server.inner.x", found.get("server.x")) for found in runs]
+    assert all((a != b).any() for i, a in enumerate(xs) for b in xs[:i]), "they differ"
+
+
 @pytest.mark.parametrize("mechanism", ["central", "ftrl", "local"])
 def test_a_run_reports_what_its_rounds_have_spent(mechanism):
     options = Privacy(clip=0.2, noise_multiplier=3.0, delta=1e-3, mechanism=mechanism, accountant="rdp")
@@ -168,7 +220,8 @@ def test_a_run_reports_what_its_rounds_have_spent(mechanism):
     wrapped = options.wrap(FedAvg().build(task, N), task, context)
     how = {"clients_per_round": 4, "sampling": "poisson", "seed": 3}
     found = run(wrapped, task, federated(), 7, **how)["metric.epsilon"]
-    wanted = epsilons(options.plan(context), 3.0, [1, 2, 3, 4, 5])
+    rate, tree_of_noise = 1.0 if mechanism == "local" else 0.5, mechanism == "ftrl"
+    wanted = epsilons(Plan(N, rate, 1e-3, "rdp", tree=tree_of_noise), 3.0, [1, 2, 3, 4, 5])
     np.testing.assert_allclose(found[:5], wanted, rtol=1e-12)
     assert (found[5:] == math.inf).all(), "more rounds than were announced"
 

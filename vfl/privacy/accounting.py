@@ -22,6 +22,7 @@ from vfl.spec import parse
 
 Accountant = Literal["pld", "rdp"]
 INTERVAL = 1e-3  # of ε, between the points of a privacy loss distribution, which is rounded to the safe side
+_LITTLE = 0.3  # a noise multiplier below which ε grows as 1/z², and the interval with it, else the points would abound
 _POINTS = 150  # about how many rounds of a run have an ε of their own; those between get the next one's
 
 
@@ -50,6 +51,14 @@ class Plan(NamedTuple):
         from scipy.stats import binom  # which dp-accounting brings
 
         return max(int(binom.isf(self.delta / 2, rounds, self.rate)), 1), self.delta / 2
+
+    def gaussian(self, rounds: int) -> tuple[float, float] | None:
+        """By what so many rounds divide z where together they are one Gaussian mechanism, and its δ; None: sampled."""
+        if self.tree:
+            # A client is in at most depth nodes of the tree a time, so k times change all their sums by k √depth.
+            k, delta = self.participations(rounds)
+            return k * math.sqrt(rounds.bit_length()), delta
+        return (math.sqrt(rounds), self.delta) if self.rate == 1 else None
 
 
 def make_plan(
@@ -83,24 +92,29 @@ def epsilon(plan: Plan, noise_multiplier: float, rounds: int) -> float:
     """ε after so many rounds; infinite without noise."""
     if noise_multiplier == 0:
         return math.inf
-    _, delta = plan.participations(rounds) if plan.tree else (0, plan.delta)
+    whole = plan.gaussian(rounds)
+    if whole is not None and plan.accountant == "pld":  # known exactly, and the distribution of a large ε is long
+        return float(_library().get_epsilon_gaussian(noise_multiplier / whole[0], whole[1]))
+    delta = plan.delta if whole is None else whole[1]
     with _quiet():
-        return float(_accountant(plan).compose(_event(plan, noise_multiplier, rounds)).get_epsilon(delta))
+        return float(
+            _accountant(plan, noise_multiplier).compose(_event(plan, noise_multiplier, rounds)).get_epsilon(delta)
+        )
 
 
 def epsilons(plan: Plan, noise_multiplier: float, rounds: Sequence[int]) -> list[float]:
     """ε after each of these numbers of rounds, in less time than one by one."""
-    if noise_multiplier == 0 or plan.tree or plan.rate == 1:
+    if noise_multiplier == 0 or plan.gaussian(1) is not None:
         return [epsilon(plan, noise_multiplier, t) for t in rounds]
     library = _library()
     with _quiet():
         if plan.accountant == "rdp":
-            one = _accountant(plan).compose(_event(plan, noise_multiplier, 1))
+            one = _accountant(plan, noise_multiplier).compose(_event(plan, noise_multiplier, 1))
             return [float(library.rdp.compute_epsilon(one.orders, t * one.rdp, plan.delta)[0]) for t in rounds]
         from dp_accounting.pld import privacy_loss_distribution
 
         one = privacy_loss_distribution.from_gaussian_mechanism(
-            noise_multiplier, sampling_prob=plan.rate, value_discretization_interval=INTERVAL
+            noise_multiplier, sampling_prob=plan.rate, value_discretization_interval=_interval(noise_multiplier)
         )
         return [float(one.self_compose(t).get_epsilon_for_delta(plan.delta)) for t in rounds]
 
@@ -112,7 +126,9 @@ def solve_noise_multiplier(plan: Plan, target_epsilon: float, rounds: int) -> fl
     """
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise UsageError(f"target-epsilon must be a finite number > 0, not {target_epsilon}")
-    library = _library()
+    library, whole = _library(), plan.gaussian(rounds)
+    if whole is not None and plan.accountant == "pld":
+        return float(library.get_sigma_gaussian(target_epsilon, whole[1])) * whole[0] * (1 + 1e-9)
     low = 1.0
     if epsilon(plan, low, rounds) > target_epsilon:
         while epsilon(plan, 2 * low, rounds) > target_epsilon:
@@ -127,11 +143,11 @@ def solve_noise_multiplier(plan: Plan, target_epsilon: float, rounds: int) -> fl
             low /= 2
             if low < 2**-5:
                 raise UsageError(f"ε = {target_epsilon:g} over {rounds} rounds is no protection; ask for less")
-    _, delta = plan.participations(rounds) if plan.tree else (0, plan.delta)
+    delta = plan.delta if whole is None else whole[1]
     with _quiet():
         return float(
             library.calibrate_dp_mechanism(
-                lambda: _accountant(plan), lambda z: _event(plan, z, rounds), target_epsilon, delta,
+                lambda: _accountant(plan, low), lambda z: _event(plan, z, rounds), target_epsilon, delta,
                 library.ExplicitBracketInterval(low, 2 * low), tol=1e-4 * low,
             )
         )  # fmt: skip
@@ -182,14 +198,10 @@ def _library() -> Any:
 
 def _event(plan: Plan, z: float, rounds: int) -> Any:
     """So many rounds, as the library describes them."""
-    library = _library()
-    if plan.tree:
-        # A client is in at most depth nodes of the tree a time, so k times change all nodes' sums by at most k √depth.
-        k, _ = plan.participations(rounds)
-        return library.GaussianDpEvent(z / (k * math.sqrt(rounds.bit_length())))
-    if plan.rate == 1:
-        event = library.GaussianDpEvent(z)
-    elif plan.fixed_size:  # another client in its place: the sum changes by up to twice the norm
+    library, whole = _library(), plan.gaussian(rounds)
+    if whole is not None:
+        return library.GaussianDpEvent(z / whole[0])
+    if plan.fixed_size:  # another client in its place: the sum changes by up to twice the norm
         event = library.SampledWithoutReplacementDpEvent(
             plan.population, round(plan.cohort), library.GaussianDpEvent(z / 2)
         )
@@ -198,13 +210,17 @@ def _event(plan: Plan, z: float, rounds: int) -> Any:
     return library.SelfComposedDpEvent(event, rounds)
 
 
-def _accountant(plan: Plan) -> Any:
+def _accountant(plan: Plan, z: float) -> Any:
     library = _library()
     relations = library.NeighboringRelation
     relation = relations.REPLACE_ONE if plan.fixed_size else relations.ADD_OR_REMOVE_ONE
     if plan.accountant == "rdp":
         return library.rdp.RdpAccountant(neighboring_relation=relation)
-    return library.pld.PLDAccountant(relation, value_discretization_interval=INTERVAL)
+    return library.pld.PLDAccountant(relation, value_discretization_interval=_interval(z))
+
+
+def _interval(z: float) -> float:
+    return INTERVAL * max(1.0, (_LITTLE / z) ** 2)
 
 
 @contextmanager
