@@ -184,7 +184,7 @@ def test_the_librarys_warnings_of_left_out_orders_are_not_the_users(caplog):
 
 def test_options_become_the_wrappers_they_name():
     """Each in one step of the server, of a mean and a key alike."""
-    task, context = mlp(), Context(N, 4, "poisson", 9)
+    task, context = mlp(), Context(N, 4, "poisson", 5)
     algorithm = FedAvg().build(task, N)
     adaptive = Adaptive(0.5, 4 / 20, 0.3)
     pairs = [
@@ -193,10 +193,10 @@ def test_options_become_the_wrappers_they_name():
             {"adaptive_clip_quantile": 0.5, "adaptive_clip_lr": 0.3},
             private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, adaptive=adaptive),
         ),
-        ({"mechanism": "ftrl"}, private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(4))),
+        ({"mechanism": "ftrl"}, private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(3))),
         (
             {"mechanism": "ftrl", "tree_estimator": "binary"},
-            private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(4, "binary")),
+            private(algorithm, clip=0.2, noise_multiplier=0.1, cohort=4, noise=tree(3, "binary")),
         ),
         (
             {"mechanism": "local", "max_weight": 3.0, "min_weight": 1.0, "scale_messages": True},

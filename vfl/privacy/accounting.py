@@ -23,7 +23,7 @@ from vfl.spec import parse
 Accountant = Literal["pld", "rdp"]
 INTERVAL = 1e-3  # of ε, between the points of a privacy loss distribution, which is rounded to the safe side
 _LITTLE = 0.3  # a noise multiplier below which ε grows as 1/z², and the interval with it, else the points would abound
-_POINTS = 150  # about how many rounds of a run have an ε of their own; those between get the next one's
+_POINTS = 100  # about how many rounds of a run have an ε of their own; those between get the next one's
 
 
 class Plan(NamedTuple):

@@ -94,7 +94,8 @@ def private(
     `clip` is C, the first one where it is `adaptive`; `noise_multiplier` is z; `cohort` is m, the expected number of
     clients in a round, qN under Poisson sampling, which the algorithm is told in place of the actual one. Clients weigh
     the same. `noise` replaces noise drawn afresh in each round, as `tree` does for DP-FTRL. What a client keeps to
-    itself is not clipped. The metric `clipped` is the share of messages that were, `clip` the adaptive norm.
+    itself is not clipped. The metric `clipped` is the share of messages that were, `clip` the adaptive norm. A round
+    whose cohort is empty has no server step and so no noise; m should be so large that there is none.
     """
     if not (clip > 0 and math.isfinite(clip)):
         raise UsageError(f"clip must be a finite number > 0, not {clip}")
