@@ -79,7 +79,7 @@ def main(
     task = vfl.task(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
     algorithm = Workflow(sends=sends).build(task, data.clients.population)
     rehearsal = vfl.Rehearsal(rehearsal_steps=rehearsal_steps, rehearsal_lr=0.05)
-    algorithm = rehearsal.wrap(algorithm, task, data.clients.population, data)  # 5
+    algorithm = rehearsal.wrap(algorithm, task, vfl.Context(data.clients.population, 10, "uniform", rounds, data))  # 5
     history = []
     cohorts = {"clients_per_round": 10, "sampling": "uniform", "seed": seed}  # 7
     work = {"batch_size": 10, "local_epochs": 2, "execution": "vmap"}

@@ -43,6 +43,7 @@ from vfl.stopping import Stopping
 from vfl.task import Aux, Batch, Task, accuracy, binary_accuracy, cross_entropy, logistic, squared_error, task
 from vfl.theory import Setting, by_theory
 from vfl.training import AlgorithmConfig, LocalTraining, ModelAndRate, Trainer
+from vfl.wrappers import Context
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "Combine",
     "Compressed",
     "Compressor",
+    "Context",
     "Delays",
     "Devices",
     "DivergedError",

@@ -249,7 +249,12 @@ class Call(NamedTuple):
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the results."""
-        return {k: v for k, v in self.config().items() if k not in NEUTRAL}
+        neutral, privacy = set(NEUTRAL), self.groups["privacy"]
+        if privacy.delta is not None or privacy.mechanism == "ftrl":  # the noise, or what is spent, depends on them
+            neutral -= {"rounds"}
+        if self.groups["plateau"].plateau_patience:  # it looks at each evaluation
+            neutral -= {"eval_every", "validation_every"}
+        return {k: v for k, v in self.config().items() if k not in neutral}
 
 
 def parse_run(argv: Sequence[str]) -> Call:

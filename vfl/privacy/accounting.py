@@ -180,12 +180,19 @@ def reporting(algorithm: Algorithm, plan: Plan, noise_multiplier: float, rounds:
     def init_server(x: Tensor) -> Server:
         return Server(algorithm.init_server(x), x.new_zeros((), dtype=torch.int64))
 
-    def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
-        inner, reported = algorithm.server_update(server.inner, mean, key)
-        t = server.t + 1
-        return Server(inner, t), {**reported, "epsilon": table.to(t.device)[t.clamp(max=rounds + 1)]}
+    wrapped = nested(algorithm)
 
-    return nested(algorithm)._replace(init_server=init_server, server_update=server_update)
+    def counted(server: Server, reported: Mapping[str, Tensor]) -> tuple[Server, Mapping[str, Tensor]]:
+        t = server.t + 1
+        return server._replace(t=t), {**reported, "epsilon": table.to(t.device)[t.clamp(max=rounds + 1)]}
+
+    def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
+        return counted(*wrapped.server_update(server, mean, key))
+
+    def idle(server: Server, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
+        return counted(*(wrapped.idle(server, key) if wrapped.idle else (server, {})))
+
+    return wrapped._replace(init_server=init_server, server_update=server_update, idle=idle)
 
 
 def _library() -> Any:

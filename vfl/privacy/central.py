@@ -38,6 +38,7 @@ class Server(NamedTuple):
     inner: Any  # the algorithm's own
     clip: Tensor  # [] C
     noise: Tree  # the noise's memory
+    nothing: Tree = ()  # zeros in the shape of what a client sends: the sum over an empty cohort
 
     @property
     def x(self) -> Tensor:
@@ -137,8 +138,24 @@ def private(
             share = count / cohort + 0.5  # b̃
             norm = norm * torch.exp(-adaptive.lr * (share - adaptive.quantile))
             reported = {**reported, "clip": norm}
-        return Server(inner, norm, memory), reported
+        return server._replace(inner=inner, clip=norm, noise=memory), reported
+
+    def expect(server: Server, payload: Clipped) -> Server:
+        inner = algorithm.expect(server.inner, payload.payload) if algorithm.expect else server.inner
+        return server._replace(inner=inner, nothing=payload)
+
+    def idle(server: Server, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
+        """An empty cohort shows no more than any other: the noise comes all the same."""
+        if not leaves(server.nothing):  # no client has data
+            return server, {}
+        none = torch.zeros_like(server.clip)
+        return server_update(server, Mean(server.nothing, none, none), key)
 
     return nested(algorithm)._replace(
-        init_server=init_server, broadcast=broadcast, client_update=client_update, server_update=server_update
+        init_server=init_server,
+        broadcast=broadcast,
+        client_update=client_update,
+        server_update=server_update,
+        expect=expect,
+        idle=idle,
     )
