@@ -10,7 +10,7 @@ from helpers import EMPTY, SIZES, N, assert_same, federated, mlp, regression, ru
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
-from vfl.cli import run as cli
+from vfl.cli import experiment as cli
 
 WORK = {"clients_per_round": "all", "batch_size": None, "local_steps": 2, "evaluation": vfl.Evaluation(0)}
 

@@ -64,7 +64,7 @@ def test_the_roofline_is_written_and_rendered(tmp_path, monkeypatch):
     few = functools.partial(roofline.measure_peaks, sides=(16,), copies=(2**12, 2**16), tries=2)
     monkeypatch.setattr(roofline, "measure_peaks", few)
     path = tmp_path / "roofline.json"
-    sizes = [f"--{key}={value}" for key, value in asdict(TINY).items()]
+    sizes = [f"--{key}={value}" for key, value in asdict(TINY).items() if value is not False]
     threads = torch.get_num_threads()
     tyro.cli(roofline.main, args=[*sizes, "--model=softmax", "--execution", "vmap", "loop", "--json", str(path)])
     assert torch.get_num_threads() == threads == 1

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vfl
 from vfl import execute
 from vfl.cli import _main
-from vfl.cli import run as cli_run
+from vfl.cli import experiment as cli_experiment
 from vfl.errors import UsageError
 from vfl.precision import tf32
 from vfl.task import Batch
@@ -175,8 +175,8 @@ def test_a_layer_that_returns_more_than_a_tensor_is_named():
 
 
 def test_a_run_takes_the_layers_to_recompute(tmp_path, monkeypatch):
-    named, original = [], cli_run.task
-    monkeypatch.setattr(cli_run, "task", lambda *a, **o: named.append(o["recompute"]) or original(*a, **o))
+    named, original = [], cli_experiment.task
+    monkeypatch.setattr(cli_experiment, "task", lambda *a, **o: named.append(o["recompute"]) or original(*a, **o))
     arguments = ["run", "fedavg", "--data", "synthetic:features=4,examples=6", "--clients", "10", "--rounds", "1"]
     arguments += ["--model", "mlp:5", "--execution", "vmap", "--out", str(tmp_path / "run"), "--quiet"]
     assert _main([*arguments, "--recompute", "1, 2", "--dtype", "tf32"]) == 0
