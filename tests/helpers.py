@@ -126,7 +126,8 @@ def numbers_of(state: vfl.State, history: list[dict[str, Any]]) -> Numbers:
 
     A round's own bits are left out too: they are the differences of the bits so far.
     """
-    left_out = {"seconds", "chunk", "execution", "memory", "round_bits_up", "round_bits_down"}
+    left_out = {"seconds", "chunk", "execution", "memory", "round_bits_up", "round_bits_down", "client_bits_up",
+                "client_bits_down"}  # fmt: skip
     names = {name for metrics in history for name in metrics} - left_out
     series = {f"metric.{name}": np.array([m.get(name, np.nan) for m in history]) for name in sorted(names)}
     return state_numbers(state) | series

@@ -53,7 +53,7 @@ def test_a_resumed_run_goes_on_with_its_metrics_and_may_take_others(here):
     assert vfl("fedavg", *QUADRATIC, *options, "--rounds", 2, "--out", "parts") == 0
     assert vfl("--resume", "--out", "parts", "--rounds", 3, "--quiet") == 0
     assert vfl("--resume", "--out", "parts", "--rounds", 4, "--metrics", "grad_norm,distance", "--quiet") == 0
-    names = ("grad_norm", "round_bits_up", "bits_up")
+    names = ("grad_norm", "round_bits_up", "client_bits_up", "bits_up")
     parts, whole = ([[row[name] for name in names] for row in metrics(Path(f))] for f in ("parts", "whole"))
     assert parts == whole
     assert ["distance" in row for row in metrics(Path("parts"))] == [False, False, False, True]

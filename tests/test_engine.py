@@ -286,6 +286,7 @@ def test_every_round_reports_its_metrics():
     _, history = vfl.simulate(FedAvg(), mlp(), federated(), 2, **PARTIAL)
     names = {"round", "train_loss", "test_loss", "test_accuracy", "bits_up", "bits_down", "gradients"}
     names |= {"clients", "dropped", "chunk", "execution", "seconds", "round_bits_up", "round_bits_down"}
+    names |= {"client_bits_up", "client_bits_down"}
     for t, metrics in enumerate(history, 1):
         assert metrics.keys() - {"memory"} == names  # memory: where the system tells
         assert metrics["seconds"] > 0

@@ -18,7 +18,7 @@ from rank_worker import WORLDS, scenarios
 import vfl
 
 WORKER = Path(__file__).parent / "rank_worker.py"
-SECONDS = 120  # after which a launch counts as hung
+SECONDS = 300  # after which a launch counts as hung
 PER_RANK = ("owners", "chunks")  # numbers that are not meant to agree
 
 

@@ -24,7 +24,8 @@ from vfl.engine import RoundMetrics
 from vfl.plots import Score, score
 from vfl.terminal import duration, number, si, terminal
 
-TOTALS = frozenset({"bits_up", "bits_down", "round_bits_up", "round_bits_down", "gradients", "seconds",
+TOTALS = frozenset({"bits_up", "bits_down", "round_bits_up", "round_bits_down", "client_bits_up",
+                    "client_bits_down", "gradients", "seconds",
                     "simulated_seconds"})  # fmt: skip
 """The float metrics that count costs; all others say how good the model is, or are an algorithm's own."""
 _RECENT = 20  # rounds over which speeds are averaged

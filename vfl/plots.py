@@ -18,7 +18,10 @@ from vfl.evaluation import OBJECTIVE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-XAxis = Literal["round", "bits_up", "bits_down", "bits_total", "gradients", "seconds", "simulated_seconds"]
+XAxis = Literal[
+    "round", "bits_up", "bits_down", "bits_total", "client_bits_up", "client_bits_down", "gradients", "seconds",
+    "simulated_seconds", "memory",
+]  # fmt: skip
 """What learning may be measured against."""
 
 _X_LABELS: dict[XAxis, str] = {
@@ -26,15 +29,21 @@ _X_LABELS: dict[XAxis, str] = {
     "bits_up": "uplink, all clients",
     "bits_down": "downlink, all clients",
     "bits_total": "uplink and downlink, all clients",
+    "client_bits_up": "uplink, a client",
+    "client_bits_down": "downlink, a client",
     "gradients": "sample-gradients",
     "seconds": "time without evaluation (s)",
     "simulated_seconds": "simulated time (s)",
+    "memory": "peak memory",
 }
 _UNITS: dict[XAxis, str] = {  # those with SI prefixes
     "bits_up": "bit",
     "bits_down": "bit",
     "bits_total": "bit",
+    "client_bits_up": "bit",
+    "client_bits_down": "bit",
     "gradients": "",
+    "memory": "B",
 }
 _STYLES = {"train": (0, (4, 1.5)), "test": "-", "validation": (0, (1, 1.2)), "": "-"}
 # Okabe & Ito's colours, told apart by the colour-blind; yellow is too pale for lines.

@@ -70,16 +70,16 @@ def rounds(
     `reshuffle`, keywords too, are those of `vfl.Work`. `state` continues an earlier run; every other keyword goes to
     `vfl.Engine` (clients_per_round, sampling, execution, chunk, client_state, on_nonfinite, profile, importance,
     replicas, ranks); `importance` [M] is what the examples' probabilities are proportional to under draw importance,
-    by default their inputs' squared norms. `wrappers` change the algorithm, the first
-    one innermost. Metrics, by name: `round`; `train_loss` (mean over the
-    examples that the clients visited); `test_loss`, `test_accuracy` and the like where evaluated, and the metrics of
-    `evaluation`; `client_test_accuracy_mean` and the like over the clients, `personal_…` for their own models;
-    `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative; `round_bits_up`,
-    `round_bits_down`: of this round; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without
-    evaluation; `memory` where evaluated and the system tells: the most bytes in use, on a GPU since it was last
-    reported, else by the process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the
-    phases of `vfl.profiling`. With `replicas`, a count R or a `vfl.Replication`, runs of R seeds from `seed` on: each
-    metric's mean, its `<name>_std`, and in `replicas` each run's own.
+    by default their inputs' squared norms. `wrappers` change the algorithm, the first one innermost. Metrics, by name:
+    `round`; `train_loss` (mean over the examples that the clients visited); `test_loss`, `test_accuracy` and the like
+    where evaluated, and the metrics of `evaluation`; `client_test_accuracy_mean` and the like over the clients,
+    `personal_…` for their own models; `bits_up`, `bits_down`, `gradients` (sample-gradients): cumulative;
+    `round_bits_up`, `round_bits_down`: of this round; `client_bits_up`, `client_bits_down`: cumulative, the mean over
+    the population; `clients` in the cohort; `dropped` for NaN; `seconds` of this round without evaluation; `memory`
+    where evaluated and the system tells: the most bytes in use, on a GPU since it was last reported, else by the
+    process so far; `chunk` and `execution` as chosen; `seconds_<phase>` with `profile`, for the phases of
+    `vfl.profiling`. With `replicas`, a count R or a `vfl.Replication`, runs of R seeds from `seed` on: each metric's
+    mean, its `<name>_std`, and in `replicas` each run's own.
 
     Raises UsageError, DivergedError, ClientError.
     """
@@ -153,7 +153,9 @@ def play(
         before = state.totals
         state, metrics = engine.play(state, rounds, stop)
         for name in ("bits_up", "bits_down"):
-            metrics[f"round_{name}"] = (np.asarray(metrics[name]) - np.asarray(getattr(before, name))).tolist()
+            spent = np.asarray(metrics[name])
+            metrics[f"round_{name}"] = (spent - np.asarray(getattr(before, name))).tolist()
+            metrics[f"client_{name}"] = (spent / engine.data.clients.population).tolist()
         asked = metrics.pop("stopping")
         last = asked or state.round == rounds
         with engine.clock("evaluation"):
