@@ -1,4 +1,8 @@
-"""Compressors that send every entry in fewer bits. D entries, b bits of a float."""
+"""Compressors that send every entry in fewer bits. D entries, b bits of a float.
+
+A pass over a fresh tensor costs several times one over a tensor in the cache. So what a function has just made is
+changed in place, where it depends on all that changes it: then vmap has it batched whenever the other is.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,9 @@ def natural(*, layout: Layout) -> Operator:
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         # A random number below the last place is added to the fraction, and the fraction cut off: what carries into
         # the exponent does so with exactly the fraction's value as probability, below the normal numbers too.
-        below = (_uniform(v, key) * 2.0**digits).to(INTEGERS[v.dtype])
-        value = _power_of_two((v.view(below.dtype) + below).view(v.dtype))
-        value = torch.add(value, v, alpha=0)  # 0·v keeps NaN, whose fraction could carry into the sign
+        below = _uniform(v, key).mul_(2.0**digits).to(INTEGERS[v.dtype])
+        value = (v.view(below.dtype) + below).bitwise_and_(_without_fraction(v.dtype)).view(v.dtype)
+        value = value.add_(v, alpha=0)  # 0·v keeps NaN, whose fraction could carry into the sign
         return value, code._replace(header=0.0, value=float(layout.float_bits - digits))
 
     return unbiased(apply, 1 / 8)
@@ -52,9 +56,9 @@ def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) / s
-        t = v.to(u.dtype) / torch.where(step > 0, step, 1)
-        level = torch.floor(t + u).clamp(-s, s)  # a norm rounded down could leave t above s
-        return (level * step).to(v.dtype), _dithered(code, layout, s)
+        raised = torch.addcdiv(u, v.to(u.dtype), torch.where(step > 0, step, 1))
+        level = raised.floor_().clamp_min_(-s).clamp_max_(s)  # a norm rounded down could leave |v|/step above s
+        return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
 
     return unbiased(apply, omega)
 
@@ -81,11 +85,13 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) * lowest
-        size = v.abs().to(u.dtype) / torch.where(step > 0, step, 1)
+        size = v.abs().to(u.dtype).div_(torch.where(step > 0, step, 1))
         # In units of the lowest level, the gap above is 1 below the level 1, else the power of two below.
-        raised = torch.addcmul(size, _power_of_two(size).clamp(min=1), u)
-        level = torch.floor(_power_of_two(raised)).clamp(max=1 / lowest)
-        return torch.copysign(level * step, v).to(v.dtype), _dithered(code, layout, s)
+        integer, mask = INTEGERS[u.dtype], _without_fraction(u.dtype)
+        gap = (size.view(integer) & mask).view(u.dtype).clamp_min_(1)
+        raised = torch.addcmul(size, gap, u)
+        level = raised.view(integer).bitwise_and_(mask).view(u.dtype).floor_().clamp_max_(1 / lowest)
+        return level.mul_(step).copysign_(v).to(v.dtype), _dithered(code, layout, s)
 
     return unbiased(apply, 1 / 8 + excess * min(1, excess))
 
@@ -131,7 +137,7 @@ def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -
         wide = v.to(torch.promote_types(v.dtype, torch.float32))
         low, high = wide.amin(), wide.amax()
         step = (high - low) / (2**bits - 1)  # an infinite one makes every value NaN
-        value = low + torch.round((wide - low) / torch.where(step > 0, step, 1)) * step
+        value = (wide - low).div_(torch.where(step > 0, step, 1)).round_().mul_(step).add_(low)
         if not isinstance(threshold, Tensor) and not threshold:
             return value.to(v.dtype), v.numel()
         size = v.abs()
@@ -155,10 +161,9 @@ def _digits(dtype: torch.dtype) -> int:
     return -round(math.log2(torch.finfo(dtype).eps))
 
 
-def _power_of_two(x: Tensor) -> Tensor:
-    """The float without its fraction: the power of two at or towards zero of x; 0 below the normal numbers."""
-    integer = INTEGERS[x.dtype]
-    return (x.view(integer) & (-1 << _digits(x.dtype))).view(x.dtype)
+def _without_fraction(dtype: torch.dtype) -> int:
+    """A float's sign and exponent, as a mask: they are the power of two at or towards zero of a normal number."""
+    return -1 << _digits(dtype)
 
 
 def _uniform(v: Tensor, key: Tensor) -> Tensor:
