@@ -209,6 +209,12 @@ def test_top_k_keeps_the_largest():
     np.testing.assert_array_equal(made("top_k:25%").compress(v, KEY).value, wanted)
 
 
+def test_rand_k_scales_float64_by_the_float64_ratio():
+    v = vectors()["normal"]
+    value = made("rand_k:7").compress(v, KEY).value
+    np.testing.assert_array_equal(value[value != 0], v[value != 0] * (D / 7))
+
+
 def test_rank_k_is_the_best_approximation_of_each_matrix():
     shapes = [(6, 2, 4), (7,), (3, 9)]
     v = torch.from_numpy(np.random.default_rng(2).standard_normal(48 + 7 + 27))
