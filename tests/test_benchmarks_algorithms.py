@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 
 import vfl
@@ -151,6 +152,19 @@ def test_a_compressor_is_compared_with_the_dearest_primitive_it_calls(tmp_path, 
     assert largest["ratio"] == pytest.approx(largest["ns_per_entry"] / largest["primitive_ns_per_entry"], rel=0.5)
     assert "expected odd:MOON" in odd["missing"]
     assert "| largest:1% | 0.5 |" in report.render([tmp_path / "algorithms.json"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [("identity", []), ("sign", ["reduction + copy"]), ("quantize:8", ["reduction + copy"]),
+     ("rand_k:1%", ["subset + copy"]), ("qsgd:16", ["reduction + copy", "uniform"]), ("top_k:1%", ["topk"])],
+)  # fmt: skip
+def test_what_must_be_known_before_writing_is_counted_with_the_copy(spec, found):
+    keys = vfl.random.split(vfl.random.key(0), 3)
+    v = vfl.random.normal(keys, (200,))
+    with compressors.Calls() as calls:
+        torch.func.vmap(vfl.compressor(spec, ((200,),), torch.float32).compress)(v, keys)
+    assert sorted(compressors.written(primitive, v).name for primitive in calls.primitives()) == found
 
 
 def test_without_compressors_a_sentence_says_so(tmp_path, monkeypatch, capsys):
