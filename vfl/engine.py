@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from vfl import random
 from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import parse_chunk
-from vfl.data.container import FederatedData
+from vfl.data.container import Examples, FederatedData
 from vfl.distributed import Ranks, assign
 from vfl.draws import marks, squared_norms
 from vfl.errors import DivergedError, UsageError
@@ -325,17 +325,18 @@ class Engine:
         if self.work.reshuffle == "once":  # no round is −1
             draws = random.fold_in(random.fold_in(state.key, -1).reshape(-1, 1), torch.from_numpy(ids)).to(device)
         clients = Clients(mine, ids, counts[at], starts, sizes, keys, draws, weights)
+        data = Examples(self.data_x, self.data_y)
         if self.replicas is None:
             alone = Clients(mine[0], ids[0], counts[at][0], starts[0], sizes[0], keys[0],
                             draws[0], weights[0])  # fmt: skip
             return Queue(self.work, alone, state.buffers, lambda some: stores[0].gather(some, device), self.clock,
-                         self.marks)  # fmt: skip
+                         data, self.marks)  # fmt: skip
 
         def states(some: np.ndarray) -> Tree:
             each = [store.gather(row, device) for store, row in zip(stores, some, strict=True)]
             return tree_map(lambda *leaves: torch.stack(leaves), *each)
 
-        return Queue(self.work, clients, state.buffers, states, self.clock, self.marks)
+        return Queue(self.work, clients, state.buffers, states, self.clock, data, self.marks)
 
 
 def _at(stacked: Tree, r: int) -> Tree:

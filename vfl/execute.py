@@ -22,7 +22,7 @@ from vfl.chunks import out_of_memory
 from vfl.data.container import Transform
 from vfl.errors import ClientError
 from vfl.leafwise import leafwise
-from vfl.local import Batches
+from vfl.local import Batches, Block
 from vfl.matmul import faster_products
 from vfl.operators import Operators
 from vfl.reduce import Results, Sums, add
@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     factor: Tensor  # [C] its weight's factor from the sampler
     buffers: tuple[Tensor, ...]  # [C, ...] each
     weight: Weight = ()  # [C, K, B] its minibatches'
+    block: Block = ()  # [C, B, ...] its examples, where every minibatch is all of them
 
 
 class Bounds(NamedTuple):
@@ -84,7 +85,7 @@ def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -
     batches = Batches(
         shared.x, shared.y, mine.rows, mine.mask, mine.steps, mine.start, mine.examples, random.fold_in(mine.key, 1),
         mine.buffers, bounds.shortest, bounds.largest, problem.transform, problem.dtype,
-        mine.weight,
+        mine.weight, mine.block,
     )  # fmt: skip
     key = random.fold_in(mine.key, 2)
     message, client, metrics = problem.algorithm.client_update(shared.sent, mine.client, batches, key)

@@ -56,6 +56,11 @@ class Work(NamedTuple):
             batch = np.minimum(batch, sizes)
         return np.maximum(batch, 1) * np.minimum(sizes, 1)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every minibatch is all of a client's examples, whose order then does not matter."""
+        return _amount(self.batch_size) is None and self.draw in ("epochs", "nice")
+
     def per_epoch(self, sizes: np.ndarray) -> np.ndarray:
         """Minibatches in one pass, the last partial one included: int64 [C]; 0 for a client without data."""
         return -(-sizes // np.maximum(self.batch(sizes), 1))
@@ -133,7 +138,9 @@ def minibatches(
     place, k = torch.arange(batch, device=device), torch.arange(steps, device=device)
     mask = (place < on_device(batches, device)[:, None, None]) & (k < mine)[:, :, None]
     weight: Weight = ()
-    if work.draw == "nice":
+    if work.whole:  # in the order in which they lie, so that they can be read in place (`Batches.block`)
+        chosen = place
+    elif work.draw == "nice":
         chosen = draws.nice(keys, n, steps, batch, largest)
     elif work.draw == "multi":
         chosen = draws.multi(keys, n, steps, batch)
@@ -156,6 +163,10 @@ def minibatches(
     return Minibatches(rows, mask, mine[:, 0], int(counts.min()), weight)
 
 
+Block = tuple[Tensor, Tensor] | tuple[()]
+"""Inputs and targets as views of the packed ones, or nothing."""
+
+
 class Batches(NamedTuple):
     """One client's data for one round, as `client_update` sees it."""
 
@@ -173,6 +184,7 @@ class Batches(NamedTuple):
     transform: Transform
     dtype: torch.dtype
     weight: Weight = ()  # [K, B]
+    block: Block = ()  # [B, ...] each; where it is given, every minibatch is all of the client's examples, in order
 
     @property
     def longest(self) -> int:
@@ -194,8 +206,8 @@ class Batches(NamedTuple):
             yield self._batch((self.start + place).where(mask, padding), mask, -1 - i)
 
     def _batch(self, rows: Tensor, mask: Tensor, k: int) -> Batch:
-        x = self.transform(self.data_x[rows], self.dtype)
-        return Batch(x, self.data_y[rows], mask, random.fold_in(self.key, k))
+        x, y = self.block or (self.data_x[rows], self.data_y[rows])
+        return Batch(self.transform(x, self.dtype), y, mask, random.fold_in(self.key, k))
 
 
 Direction = Callable[[Tensor, Tensor], Tensor]

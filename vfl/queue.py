@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vfl import random
 from vfl.base import Tree, on_device, tree_map
+from vfl.data.container import Examples
 from vfl.execute import Bounds, Inputs
-from vfl.local import Minibatches, Work, minibatches
+from vfl.local import Block, Minibatches, Work, minibatches
 from vfl.profiling import Clock
 
 PADDING = 0.5  # clients with fewer steps than this share of the longest one's are not computed beside it
@@ -44,7 +45,7 @@ class Slice(NamedTuple):
     @property
     def signature(self) -> tuple[object, ...]:
         """What a compiled program is good for, within one experiment."""
-        return self.bounds, *self.inputs.rows.shape
+        return self.bounds, bool(self.inputs.block), *self.inputs.rows.shape
 
 
 class Clients(NamedTuple):
@@ -80,9 +81,10 @@ class Queue:
         buffers: tuple[Tensor, ...],
         states: Callable[[np.ndarray], Tree],
         clock: Clock,
+        data: Examples,
         marks: Tensor | None = None,
     ) -> None:
-        self.marks = marks  # see `minibatches`
+        self.data, self.marks = data, marks  # everyone's examples; for marks see `minibatches`
         self.work, self.clients, self.buffers, self.states, self.clock = work, clients, buffers, states, clock
         self.done = 0  # clients handed out
         self._group: Group | None = None
@@ -120,9 +122,17 @@ class Queue:
             self.states(c.ids[of]), group.plan.rows[visits].contiguous(), group.plan.mask[visits].contiguous(),
             group.plan.steps[at], group.starts[at], group.sizes[at], c.keys[of], c.factor[of],
             tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
-            weight[visits].contiguous() if isinstance(weight, Tensor) else (),
+            weight[visits].contiguous() if isinstance(weight, Tensor) else (), self._block(c.starts[of], c.sizes[of]),
         )  # fmt: skip
         return Slice(c.now[of], c.ids[of], counts, Bounds(int(counts.min()), largest), inputs)
+
+    def _block(self, starts: np.ndarray, sizes: np.ndarray) -> Block:
+        """The examples of clients [C] of one size that lie one after the other: no gather has to copy them."""
+        size = int(sizes.flat[0])
+        if not self.work.whole or starts.ndim > 1 or (sizes != size).any() or (np.diff(starts) != size).any():
+            return ()
+        of = slice(int(starts[0]), int(starts[0]) + size * len(starts))
+        return self.data.x[of].unflatten(0, (-1, size)), self.data.y[of].unflatten(0, (-1, size))
 
     def _drawn(self, first: int, last: int, count: int) -> Group:
         """The group that holds these clients, its minibatches drawn."""
