@@ -3,6 +3,7 @@
     python scripts/compressed_methods.py converge --out FOLDER
     python scripts/compressed_methods.py converge --steps theory --seeds 1    # 60,000 rounds: some ten minutes
     python scripts/compressed_methods.py round-time
+    torchrun --nproc-per-node 2 scripts/compressed_methods.py round-time    # the clients shared out to two ranks
 
 `converge`: the quadratic with D = 50, μ = 1 and L = 20, 20 clients of 12 examples with minimisers of their own; rand-k
 with k = 20 % of D, top-k for EF21; full local gradients, the model starts at 0, a seed is one of the compressors and of
@@ -35,6 +36,7 @@ from algorithms.diana import Diana
 from algorithms.ef21 import EF21
 from algorithms.frecon import Frecon
 from algorithms.marina import Marina
+from vfl.distributed import Ranks, launched
 from vfl.engine import RoundMetrics
 
 CLIENTS = 20
@@ -146,12 +148,28 @@ def round_time(
         chunk: Clients at once.
         profile: Also prints where the Python time of these rounds goes.
     """
+    with launched(torch.device("cpu")) as ranks:
+        measure(clients, dim, compressor, rounds, execution, chunk, profile, ranks)
+
+
+def measure(
+    clients: int,
+    dim: int,
+    compressor: str,
+    rounds: int,
+    execution: Literal["auto", "vmap", "compile"],
+    chunk: str,
+    profile: bool,
+    ranks: Ranks,
+) -> None:
+    """`round_time` on one of the ranks; the first one prints."""
     data = vfl.data.federated(f"quadratic:dim={dim},L=2,mu=1", clients=clients, seed=0)
     x, y, offsets = data.clients
     data = data._replace(clients=vfl.data.Packed(x.float(), y.float(), offsets))
     played = vfl.rounds(
         Diana(compressor=compressor), vfl.LinearProblem(data).task(), data, 10 + rounds, clients_per_round="all",
         batch_size=None, execution=execution, chunk=chunk, evaluation=vfl.Evaluation(0),
+        ranks=ranks,
     )  # fmt: skip
     for _ in range(10):
         next(played)
@@ -164,6 +182,8 @@ def round_time(
         profiler.print_stats("tottime")
     else:
         rows = [row for _, row in played]
+    if not ranks.first:
+        return
     whole, work = (time.perf_counter() - started) / rounds, (time.process_time() - worked) / rounds
     seconds = np.array([row["seconds"] for row in rows])
     table = Table("", "seconds", "FL_PyTorch's 3.0 s are")
@@ -177,7 +197,7 @@ def round_time(
     for name, value in times.items():
         table.add_row(name, f"{value:.4f}", f"{FL_PYTORCH / value:.0f} times as long")
     table.title = f"a DIANA round, {clients} clients, D = {dim}, {compressor}, {rows[-1]['execution']}"
-    table.caption = f"{torch.get_num_threads()} thread(s), chunk {rows[-1]['chunk']}"
+    table.caption = f"{ranks.world} rank(s), {torch.get_num_threads()} thread(s), chunk {rows[-1]['chunk']}"
     Console().print(table)
 
 
