@@ -9,6 +9,7 @@ import torch
 
 import vfl
 from algorithms.fedavg import FedAvg
+from vfl.chunks import ChunkSize
 from vfl.queue import Queue
 from vfl.tuning import Execution
 
@@ -18,7 +19,7 @@ def model(clients: int | str, execution: Execution, **work: Any) -> tuple[torch.
     data = vfl.data.federated("quadratic:dim=5,L=2,mu=1", clients=6, seed=0)
     played = list(vfl.rounds(
         FedAvg(local_lr=0.1), vfl.LinearProblem(data).task(torch.float64), data, 3, clients_per_round=clients,
-        execution=execution, chunk=4, evaluation=vfl.Evaluation(0), **work,
+        execution=execution, evaluation=vfl.Evaluation(0), **({"chunk": 4} | work),
     ))  # fmt: skip
     return played[-1][0].server.x, [row["train_loss"] for _, row in played]
 
@@ -55,3 +56,23 @@ def test_only_whole_minibatches_are_read_in_place(blocks: list[bool]) -> None:
     model("all", "vmap", batch_size=5)
     model("all", "vmap", batch_size=None, draw="multi", local_steps=1)
     assert blocks and not any(blocks)
+
+
+@pytest.mark.parametrize(("epochs", "once"), [(1, True), (2, False)])
+def test_what_is_read_once_in_place_takes_the_larger_compiled_chunk(
+    epochs: int, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int | None] = []
+    take = ChunkSize.take
+
+    def noted(self, alike, size=None):
+        sizes.append(size)
+        return take(self, alike, size)
+
+    monkeypatch.setattr(ChunkSize, "take", noted)
+    monkeypatch.setattr("vfl.executor.cache_bytes", lambda: 10_000)
+    monkeypatch.setattr("vfl.tuning.Tuner.wants", lambda *_: False)  # the size is all that matters here
+    model("all", "compile", chunk=None, batch_size=None, local_epochs=epochs)
+    model_bytes, batch_bytes = 5 * 8, 12 * 5 * 8
+    expected = 16 * 10_000 // (3 * model_bytes) if once else 10_000 // (3 * model_bytes + batch_bytes)
+    assert set(sizes) == {expected}

@@ -26,6 +26,8 @@ from vfl.tuning import Execution, Mode, Tuner
 
 log = logging.getLogger("vfl")
 
+ONCE = 16  # so many times a core's cache may models take where nothing is read twice: what a chunk costs weighs more
+
 
 class Round:
     """What the chunks of a round have left so far on this rank."""
@@ -66,16 +68,18 @@ class Executor:
         self.compiler = Compiler(problem)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmap_works = False
-        self._compiled_chunk = chunk
+        self._compiled_chunk = self._chunk_once = chunk
         if chunk is None and self.device.type == "cpu":
             # What a step reads and writes should stay in a core's cache: model, gradient, new model and a minibatch.
             self._compiled_chunk = max(cache_bytes() // (3 * model_bytes + batch_bytes), 1)
+            self._chunk_once = max(ONCE * cache_bytes() // (3 * model_bytes), 1)
 
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
         while True:
             mode, alone = self.tuner.way()
-            size = {"loop": 1, "vmap": None, "compile": self._compiled_chunk}[mode]
+            compiled = self._chunk_once if queue.once else self._compiled_chunk
+            size = {"loop": 1, "vmap": None, "compile": compiled}[mode]
             now = queue.peek(self.chunk.take(queue.alike, size))
             before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
             try:

@@ -100,6 +100,13 @@ class Queue:
         counts = self.clients.counts[..., self.done :]
         return min(alike(row) for row in counts.reshape(-1, counts.shape[-1]))
 
+    @property
+    def once(self) -> bool:
+        """Whether the clients alike to come read each of their examples once, in place."""
+        of = slice(self.done, self.done + self.alike)
+        c = self.clients
+        return bool((c.counts[..., of] == 1).all()) and bool(self._block(c.starts[..., of], c.sizes[..., of]))
+
     def peek(self, count: int) -> Slice:
         """The next `count` clients, which must be alike; `advance` takes them out."""
         with self.clock("data"):
