@@ -16,10 +16,11 @@ from vfl.tuning import Execution
 
 def model(clients: int | str, execution: Execution, **work: Any) -> tuple[torch.Tensor, list[float]]:
     """The model and the training losses of three rounds."""
+    options: dict[str, Any] = {"chunk": 4, **work}
     data = vfl.data.federated("quadratic:dim=5,L=2,mu=1", clients=6, seed=0)
     played = list(vfl.rounds(
         FedAvg(local_lr=0.1), vfl.LinearProblem(data).task(torch.float64), data, 3, clients_per_round=clients,
-        execution=execution, evaluation=vfl.Evaluation(0), **({"chunk": 4} | work),
+        execution=execution, evaluation=vfl.Evaluation(0), **options,
     ))  # fmt: skip
     return played[-1][0].server.x, [row["train_loss"] for _, row in played]
 
