@@ -12,6 +12,7 @@ from vfl.errors import UsageError
 from vfl.queue import PADDING, alike
 
 CPU = torch.device("cpu")
+MB = 2**20
 GB = 2**30
 
 
@@ -134,13 +135,22 @@ def test_a_given_size_is_kept() -> None:
     assert size.size == 5
 
 
-@pytest.mark.parametrize(("client_bytes", "first"), [(1, 16), (GB, 4), (4 * GB, 1), (100 * GB, 1), (GB // 3, 12)])
+@pytest.mark.parametrize(("client_bytes", "first"), [(1, 16), (MB, 4), (4 * MB, 1), (100 * MB, 1), (MB // 3, 12)])
 def test_the_first_size_is_small_and_within_half_the_free_memory(client_bytes: int, first: int) -> None:
-    assert size_on(Machine(free=8 * GB), None, client_bytes).size == first
+    assert size_on(Machine(free=8 * MB), None, client_bytes).size == first
 
 
-def test_where_memory_is_unknown_the_first_size_is_small() -> None:
-    assert size_on(Machine(free=None), None, 100 * GB).size == 16
+@pytest.mark.parametrize("free", [None, 100 * GB])
+def test_clients_with_large_models_start_as_few(free: int | None) -> None:
+    firsts = [size_on(Machine(free=free), None, client_bytes).size for client_bytes in (MB, 16 * MB, 100 * GB)]
+    assert firsts == [16, 4, 1]
+
+
+def test_a_short_chunk_beyond_the_best_that_is_slower_ends_the_growth() -> None:
+    size = size_on(Machine())
+    size.report(16, 16, 0.016, 0)
+    size.report(20, 20, 0.040, 0)  # of 32
+    assert size.settled and size.size == 16
 
 
 @pytest.mark.parametrize("best", [16, 64, 256, 1024])

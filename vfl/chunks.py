@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ log = logging.getLogger("vfl")
 
 MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
 SHORT = 6  # so many chunks without a full one end the growth
+FIRST = (16, 2**26)  # the first chunk on a CPU: so many clients, or bytes of them
 WORTH = 1.05  # a doubled chunk must be this much faster to be kept
 
 
@@ -61,13 +63,20 @@ class Memory:
 
 
 class ChunkSize:
-    """The chunk size in force; `auto` starts small and doubles while memory allows it and it pays."""
+    """The chunk size in force; `auto` starts small and doubles while memory allows it and it pays.
+
+    On a CPU clients with large models start as few: together they would leave the caches, and a short run would be over
+    before that is found.
+    """
 
     def __init__(self, wanted: int | None, client_bytes: int, device: torch.device) -> None:
         self.memory = Memory(device)
         self.settled = wanted is not None
         free = self.memory.free()
-        first = 16 if free is None else int(min(max(MEMORY_SHARE * free / client_bytes, 1), 16))
+        most = FIRST[1] if device.type == "cpu" else math.inf
+        if free is not None:
+            most = min(most, MEMORY_SHARE * free)
+        first = int(min(max(most / client_bytes, 1), FIRST[0]))
         self.size = wanted or first
         self._short = 0  # chunks since the last full one
         self._best = (0.0, self.size)  # (local steps a second, size)
@@ -84,6 +93,9 @@ class ChunkSize:
         if self.settled:
             return
         if clients < self.size:  # the cohorts may never fill it
+            if clients > self._best[1] and steps / seconds < self._best[0]:
+                self._settle(self._best[1])
+                return
             self._short += 1
             if self._short == SHORT:
                 self._settle(self.size)

@@ -13,14 +13,10 @@ from benchmarks.systems.torch_loop import gpu_memory, models, tensors
 from benchmarks.work import CHARACTERS, CLASSES, Outcome, Work, parameters, timed
 from vfl.precision import tf32
 
-COMPILED_CHUNK = {"softmax": 50, "mlp": 10, "cnn": 2, "lstm": 4, "resnet18": 1}
-"""Clients at once on a CPU: a few megabytes of models, which stay in the caches."""
-
 
 def compiled(model: str, work: Work) -> Outcome:
     """`run` with `execution="compile"`."""
-    at_once = work.clients if work.device == "cuda" else min(COMPILED_CHUNK[model], work.clients)
-    return run(model, work, execution="compile", chunk=at_once)
+    return run(model, work, execution="compile")
 
 
 def run(model: str, work: Work, **options: Any) -> Outcome:
