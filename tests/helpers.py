@@ -43,6 +43,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # what is tested where the default
         {"public": PUBLIC, "distill_optimizer": "sgd", "distill_lr": 0.5, "distill_steps": 3},
         {"public": PUBLIC, "sends": "logits", "public_examples": 12},
     ],
+    "fedlabels": [{"labelled": 0.4, "threshold": 0.5, "consistency": 0.5, "l2": 0.1}],
     "mimelite": [{"base": "sgd"}, {"base": "rmsprop", "local_lr": 0.01}],
 }
 

@@ -8,6 +8,7 @@ import papers
 import papers_local
 import papers_personal
 import papers_robust
+import papers_semi
 import pytest
 import torch
 from helpers import (
@@ -33,7 +34,12 @@ from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
 
 REFERENCES = (
-    papers.REFERENCES | papers_local.REFERENCES | papers_robust.REFERENCES | papers_personal.REFERENCES | COMPRESSED
+    papers.REFERENCES
+    | papers_local.REFERENCES
+    | papers_robust.REFERENCES
+    | papers_personal.REFERENCES
+    | papers_semi.REFERENCES
+    | COMPRESSED
 )
 
 
