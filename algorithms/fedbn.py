@@ -12,7 +12,7 @@ from algorithms.fedper import FedPer
 
 @dataclass(frozen=True, kw_only=True)
 class FedBN(FedPer):
-    """FedBN: normalization layers, statistics included, stay on the clients (Li et al., 2102.07623)."""
+    """FedBN: normalization layers stay on the clients (Li et al., 2102.07623)."""
 
     personal: str = "norm"
     """Which parameters and buffers never leave the client (see fedper)."""

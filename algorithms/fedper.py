@@ -80,7 +80,7 @@ def fedper(config: vfl.LocalTraining, part: vfl.Part, local_steps: LocalSteps) -
 
 @dataclass(frozen=True, kw_only=True)
 class FedPer(vfl.LocalTraining):
-    """FedPer: named layers stay on the clients, the others are averaged (Arivazhagan et al., 1912.00818)."""
+    """FedPer: named layers stay on the clients (Arivazhagan et al., 1912.00818)."""
 
     personal: str = "last"
     """Which parameters never leave the client: names (`head.*`), `last` layer, `norm` layers, `*,!last` for others."""

@@ -18,7 +18,7 @@ from algorithms.fedper import fedper
 
 @dataclass(frozen=True, kw_only=True)
 class FedRep(vfl.LocalTraining):
-    """FedRep: clients fit heads of their own to a shared body, then the body (Collins et al., 2102.07078)."""
+    """FedRep: a head for each client on a shared body (Collins et al., 2102.07078)."""
 
     personal: str = "last"
     """Which parameters are the head (see fedper)."""

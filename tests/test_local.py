@@ -149,9 +149,9 @@ def test_the_order_is_a_function_of_the_key_alone() -> None:
 
 def test_epochs_are_shuffled_uniformly_and_independently() -> None:
     clients = 18_000
-    plan = minibatches(Work(3, epochs=2), keys_of(clients), np.zeros(clients, np.int64), np.full(clients, 3))
+    plan = minibatches(Work(1, epochs=2), keys_of(clients), np.zeros(clients, np.int64), np.full(clients, 3))
     assert plan.mask.all()
-    orders = (plan.rows * torch.tensor([9, 3, 1])).sum(-1)  # [C, 2 epochs] which permutation
+    orders = (plan.rows.view(clients, 2, 3) * torch.tensor([9, 3, 1])).sum(-1)  # [C, 2 epochs] which permutation
     cells = (orders[:, 0] * 27 + orders[:, 1]).unique(return_counts=True)[1].double()
     assert len(cells) == 36
     chi2 = ((cells - clients / 36) ** 2 / (clients / 36)).sum().item()

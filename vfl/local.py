@@ -158,6 +158,9 @@ def minibatches(
         mask = mask & (within < n[:, :, None])
         position = within + (k // spe * n)[:, :, None] if fresh else within
         chosen = order.gather(1, position.where(mask, 0).flatten(1)).reshape(mask.shape)
+    full = batches >= np.maximum(sizes, 1)
+    if work.draw in ("epochs", "nice") and not work.whole and full.any():  # as `whole`: the order does not matter
+        chosen = torch.where(on_device(full, device)[:, None, None], place, chosen)
     # Padding repeats the client's own first example: another client's may hold NaN, and zero times NaN is NaN.
     rows = (start[:, :, None] + chosen).where(mask, start[:, :, None])
     return Minibatches(rows, mask, mine[:, 0], int(counts.min()), weight)
