@@ -25,6 +25,7 @@ from vfl.distributed import Ranks, launched
 from vfl.engine import Engine, State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import evaluate, evaluate_clients, objective
+from vfl.learned_weights import LearnedWeights
 from vfl.local import Batches, Work, descend, float_bits, full_gradient, keep_where, message
 from vfl.optimizers import Optimizer, clip_norm, optimizer
 from vfl.partial import Part, personal_part
@@ -67,6 +68,7 @@ __all__ = [
     "Engine",
     "Evaluation",
     "FineTuning",
+    "LearnedWeights",
     "LinearProblem",
     "LocalTraining",
     "Mean",

@@ -142,6 +142,9 @@ def delayed(
 
     def client_update(sent: Tree, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
         message, client, metrics = algorithm.client_update(sent, client, batches, key)
+        if message.weight.dim():
+            raise UsageError("late updates are averaged by the round they come in, and these clients have a weight in "
+                             "each of several means already: they run without delays")  # fmt: skip
         late = random.bernoulli(random.fold_in(key, _LATE), probability, ())
         tau = torch.where(late, delay.draw(random.fold_in(key, _TAU), metrics), 0)
         weight = message.weight * (torch.arange(T + 1, device=tau.device) == tau)
@@ -218,6 +221,9 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         return server._replace(inner=inner, payload=tree_map(torch.zeros_like, payload))
 
     def server_update(server: Buffered, mean: Mean, key: Tensor) -> tuple[Buffered, dict[str, Tensor]]:
+        if mean.weight.dim():
+            raise UsageError("a buffer adds up one mean, and these clients have a weight in each of several: they run "
+                             "without a buffer")  # fmt: skip
         if pytree.tree_structure(mean.payload) != pytree.tree_structure(server.payload):
             raise UsageError("what this algorithm asks of its clients alternates from round to round, so that answers "
                              "of different rounds do not add up: it runs without a buffer")  # fmt: skip

@@ -16,6 +16,7 @@ from vfl.delays import Delays
 from vfl.devices import Devices
 from vfl.errors import UsageError, unknown
 from vfl.leakage import Leakage
+from vfl.learned_weights import LearnedWeights
 from vfl.local import Draw, Reshuffle, Work
 from vfl.personal import FineTuning
 from vfl.plateau import Plateau
@@ -220,7 +221,8 @@ NEUTRAL = {"rounds", "data_root", "device", "recompute", "execution", "chunk", "
 
 # What can be done to any algorithm, the first one innermost: to a client's message, to when it comes, to the server.
 WRAPPERS: dict[str, type[Wrapper]] = {
-    "quantization": Quantization, "privacy": Privacy, "leakage": Leakage, "devices": Devices, "delays": Delays,
+    "quantization": Quantization, "privacy": Privacy, "leakage": Leakage, "devices": Devices,
+    "learned_weights": LearnedWeights, "delays": Delays,
     "rehearsal": Rehearsal, "fine_tuning": FineTuning,
 }  # fmt: skip
 GROUPS: dict[str, type] = {"plateau": Plateau, "stopping": Stopping, **WRAPPERS}
