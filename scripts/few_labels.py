@@ -36,7 +36,7 @@ def labelled_part(data: vfl.data.FederatedData, share: float, seed: int = 0) -> 
     return data._replace(clients=data.clients.take(np.concatenate(kept), offsets))
 
 
-def accuracy(config: vfl.LocalTraining, data: vfl.data.FederatedData, seed: int, rounds: int) -> float:
+def accuracy(config: vfl.AlgorithmConfig, data: vfl.data.FederatedData, seed: int, rounds: int) -> float:
     """A run's test accuracy in percent."""
     torch.manual_seed(seed)
     task = vfl.task(vfl.models.model("mlp:64", tuple(data.clients.x.shape[1:]), data.classes))
