@@ -189,13 +189,15 @@ class FedLabels(vfl.LocalTraining):
 def labelled(batches: vfl.Batches, share: float, key: Tensor) -> Tensor:
     """Which examples in a client's minibatches are labelled: bool [K, B].
 
-    Those are the ⌈share · n⌉ of its n examples whose rows have the smallest hashes with the key: no round changes them.
+    Those are the ⌈share · n⌉ of its n examples whose places among them have the smallest hashes with (key, n): no round
+    and no other client's data changes them.
     """
     place = torch.arange(max(batches.largest, 1), device=batches.rows.device)
-    hashes = vfl.random.fold_in(key, batches.start + place)
+    key = vfl.random.fold_in(key, batches.examples)
+    hashes = vfl.random.fold_in(key, place)
     ordered = torch.where(place < batches.examples, hashes, _LAST).sort().values
     count = (share * batches.examples.to(torch.float64) - 1e-9).ceil().to(torch.int64)  # 0.1 · 30 is 3
-    return vfl.random.fold_in(key, batches.rows) <= ordered.gather(0, (count - 1).clamp(min=0)[None])
+    return vfl.random.fold_in(key, batches.rows - batches.start) <= ordered.gather(0, (count - 1).clamp(min=0)[None])
 
 
 def taught(

@@ -7,6 +7,7 @@ Every line takes as many local steps, at each of two step sizes; FedAvg on all l
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,12 +29,12 @@ EVERY = 5  # rounds between evaluations; a run's accuracy is the mean of its las
 
 def labelled_part(data: vfl.data.FederatedData, share: float, seed: int = 0) -> vfl.data.FederatedData:
     """The data without the examples that are unlabelled to FedLabels of this share and label seed."""
-    key, kept = vfl.random.key(seed), []
-    for first, end in zip(data.clients.offsets[:-1], data.clients.offsets[1:], strict=True):
-        order = vfl.random.fold_in(key, torch.arange(first, end)).argsort().numpy()
+    key, offsets, kept = vfl.random.key(seed), data.clients.offsets.tolist(), []
+    for first, end in itertools.pairwise(offsets):
+        order = vfl.random.fold_in(vfl.random.fold_in(key, end - first), torch.arange(end - first)).argsort().numpy()
         kept.append(first + np.sort(order[: math.ceil(share * (end - first) - 1e-9)]))
-    offsets = np.cumsum([0, *map(len, kept)])
-    return data._replace(clients=data.clients.take(np.concatenate(kept), offsets))
+    starts = np.cumsum([0, *map(len, kept)])
+    return data._replace(clients=data.clients.take(np.concatenate(kept), starts))
 
 
 def accuracy(config: vfl.AlgorithmConfig, data: vfl.data.FederatedData, seed: int, rounds: int) -> float:
@@ -60,20 +61,21 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def main(seeds: int = 3, rounds: int = 40, labelled: float = 0.05) -> dict[str, list[list[float]]]:
+def main(seeds: int = 3, rounds: int = 40, labelled: float = 0.1, burn_in: int = 0) -> dict[str, list[list[float]]]:
     """Prints the table; returns the accuracies in percent of each line, by step size and seed.
 
     Args:
         seeds: Runs of each line; each has a split and a model of its own.
         rounds: Communication rounds of a run.
         labelled: Share of each client's examples that are labelled.
+        burn_in: Rounds at the start in which FedLabels has no pseudo-labels yet.
     """
-    split = [vfl.data.federated("digits", partition="dirichlet:0.5", clients=CLIENTS, seed=s) for s in range(seeds)]
+    split = [vfl.data.federated("digits", partition="iid", clients=CLIENTS, seed=s) for s in range(seeds)]
     few = [labelled_part(data, labelled) for data in split]
     found: dict[str, list[list[float]]] = {"fedavg, labelled part": [], "fedlabels": [], "fedavg, all labels": []}
     for lr in RATES:
         plain = FedAvg(local_lr=lr, weighting="uniform")
-        semi = FedLabels(local_lr=lr, labelled=labelled)
+        semi = FedLabels(local_lr=lr, labelled=labelled, burn_in=burn_in)
         for name, config, versions in zip(found, (plain, semi, plain), (few, split, split), strict=True):
             found[name].append([accuracy(config, data, seed, rounds) for seed, data in enumerate(versions)])
     title = f"{labelled:.0%} of each client's digits labelled: test accuracy, %"

@@ -33,7 +33,8 @@ def pull(u: Array, a: Array, target: Array) -> Array:
 def labelled_rows(i: int, share: float) -> set[int]:
     """The ⌈share · n⌉ rows of client i that the hashes put first."""
     rows = own_rows(i)
-    hashes = vfl.random.fold_in(vfl.random.key(0), torch.from_numpy(rows)).numpy()
+    key = vfl.random.fold_in(vfl.random.key(0), len(rows))
+    hashes = vfl.random.fold_in(key, torch.arange(len(rows))).numpy()
     return set(rows[np.argsort(hashes)[: math.ceil(share * len(rows) - 1e-9)]].tolist())
 
 
@@ -98,7 +99,8 @@ def fedlabels(config: Any, cohort: Cohorts, x: Array, rounds: int = ROUNDS) -> N
         if sum(counts):
             delta = (delta + np.average(unsupervised, axis=0, weights=counts)) / 2
         x = x + delta
-    assert seen == {"left out", "by the global model", "by the local model", "disputed"}, seen
+    if rounds == ROUNDS:
+        assert seen == {"left out", "by the global model", "by the local model", "disputed"}, seen
     return {"server.x": x, "server.t": rounds, "client.ids": [], "bits_up": up, "bits_down": down}
 
 

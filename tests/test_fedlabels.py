@@ -41,7 +41,7 @@ def model(config: vfl.LocalTraining, task: vfl.Task, data=None, rounds: int = 3,
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_other_options_equal_the_definition_in_numpy(weighting):
-    config = FedLabels(labelled=0.3, threshold=0.45, consistency=0.0, burn_in=2, weighting=weighting, local_lr=0.2)
+    config = FedLabels(labelled=0.3, threshold=0.6, consistency=0.0, burn_in=2, weighting=weighting, local_lr=0.2)
 
     def cohort(t: int) -> papers.Cohort:
         ids = vfl.sampler("uniform", 5, papers.DATA.offsets).draw(round_keys(7, t)[0]).ids.tolist()
