@@ -12,10 +12,12 @@ from helpers import ALGORITHMS, SIZES, Numbers, federated, mlp, norm_and_dropout
 from private_kinds import KINDS, private_kind
 
 import vfl
+from algorithms.dga import DGA
 from algorithms.ditto import Ditto
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 from vfl.leakage import Leakage
+from vfl.learned_weights import LearnedWeights, learned
 from vfl.quantization import Quantization
 
 OFF = vfl.Evaluation(0)
@@ -76,6 +78,8 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     leaky = Leakage(leakage="drop", leakage_bound=0.2).wrap(FedAvg().build(mlp(), len(SIZES)), mlp(), len(SIZES))
     leaky = Quantization(quant_bits=6, quant_threshold=0.5, quant_anneal=0.8).wrap(leaky, mlp(), len(SIZES))
     found["leaky"] = played(leaky, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
+    wise = learned(DGA().build(mlp(), len(SIZES)), mlp(), federated().test, LearnedWeights(weights_reward="loss"))
+    found["learned"] = played(wise, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
     found["diverged"] = diverged(spoilt, **options)
     found["stopped"] = stopped(ranks)
     return found

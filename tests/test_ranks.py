@@ -91,7 +91,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
              *(f"private/{kind}" for kind in KINDS),
              "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "plateau", "personal", "leaky",
-             "diverged", "stopped"]  # fmt: skip
+             "learned", "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)
