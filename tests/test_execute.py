@@ -1,6 +1,7 @@
 """Executions: compiled chunks give vmap's results, and auto takes what is measurably fastest."""
 
 import logging
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers import ALGORITHMS, CLASSES, assert_same, every_algorithm, federated
 from torch import nn
 
 import vfl
+from algorithms.fedavg import FedAvg
 from vfl import choices, execute
 from vfl.chunks import ChunkSize
 from vfl.executor import threads
@@ -35,6 +37,44 @@ def test_a_compiled_program_gives_the_results_of_vmap():
     options = {"clients_per_round": "all", "batch_size": None, "chunk": 100}
     wanted = run(algorithm, task, data, 3, **options)
     assert_same(run(algorithm, task, data, 3, execution="compile", **options), wanted, 1e-9)
+
+
+def test_a_program_tells_inputs_apart_that_were_one_tensor_when_it_was_made(monkeypatch):
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+
+    class Previous(FedAvg):
+        """Sends the model and the one before, which are one tensor at first."""
+
+        def build(self, task, population):
+            plain = super().build(task, population)
+
+            def init_server(x):
+                return x, plain.init_server(x)
+
+            def broadcast(server, key):
+                sent = plain.broadcast(server[1], key)
+                return sent._replace(content=(server[0], server[1].x, sent.content))
+
+            def client_update(sent, client, batches, key):
+                message, client, metrics = plain.client_update(sent[2], client, batches, key)
+                return message._replace(payload=message.payload + sent[1] - sent[0]), client, metrics
+
+            def server_update(server, mean, key):
+                after, reported = plain.server_update(server[1], mean, key)
+                return Both(server[1].x, after), reported
+
+            Both = namedtuple("Both", "previous inner")
+            Both.x = property(lambda both: both.inner.x)
+            return plain._replace(
+                init_server=lambda x: Both(*init_server(x)),
+                broadcast=broadcast,
+                client_update=client_update,
+                server_update=server_update,
+            )
+
+    task, data = regression(), federated()
+    wanted = run(Previous(), task, data, 4, **OPTIONS)
+    assert_same(run(Previous(), task, data, 4, execution="compile", **OPTIONS), wanted, 1e-9)
 
 
 def test_a_program_is_made_once_for_a_shape(monkeypatch):

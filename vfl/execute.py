@@ -189,6 +189,7 @@ class Compiler:
         self, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums, most: int | None
     ) -> Callable[[Shared, Inputs, Sums], Added]:
         flat, arguments = pytree.tree_flatten((shared, inputs, sums))
+        flat = _told_apart(flat)
         result: list[Any] = []
 
         def program(*flat: Tensor) -> list[Tensor]:
@@ -210,6 +211,12 @@ class Compiler:
         graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes))
         compiled = compile_graph(graph, flat)
         return lambda *now: pytree.tree_unflatten(compiled(*pytree.tree_leaves(now)), result[0])
+
+
+def _told_apart(inputs: list[Tensor]) -> list[Tensor]:
+    """The inputs of which no two are one tensor: a trace would take them for one for good, later values included."""
+    first: set[int] = set()
+    return [leaf.clone() if id(leaf) in first or first.add(id(leaf)) else leaf for leaf in inputs]
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
