@@ -67,7 +67,7 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FedLabels(vfl.LocalTraining):
-    """FedLabels: few labels a client, pseudo-labels for its other examples (Cho et al., 2307.08809; FLUTE)."""
+    """FedLabels: pseudo-labels where labels are few (Cho et al., 2307.08809)."""
 
     labelled: float = 0.1
     """Share f in (0, 1] of each client's examples that are labelled; their number is rounded up."""
