@@ -100,7 +100,8 @@ def test_two_ranks_give_one_ranks_numbers_after_kill_9_of_one_and_after_ctrl_c(r
     assert not any(map(alive, ranks))
     out, done = (here / "out").read_text(), len(metrics(here / "run"))
     shown = [int(t) for t in re.findall(r"^ +(\d+)/100000 ", out, re.MULTILINE)]
-    assert shown == list(range(saved + 1, done + 1)), "only the first rank prints"
+    assert shown == sorted(set(shown)), "only the first rank prints"
+    assert set(shown) <= set(range(saved + 1, done + 1)), "what was played; rounds that follow fast share a line"
     assert out.count("finishing this round, then saving") == 1
     assert f"interrupted after round {done} of 100000" in out
     assert (here / "err").read_text() == ""
