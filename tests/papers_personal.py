@@ -156,7 +156,7 @@ def softmax(z: Array) -> Array:
 
 REFERENCES = {
     FEDDF[0]: lambda config, cohort, x: feddf(config, cohort, x, models=True, adam=False),
-    FEDDF[1]: lambda config, cohort, x: feddf(config, cohort, x, models=False, adam=True),
+    FEDDF[1]: lambda config, cohort, x: feddf(config, cohort, x, models=False, adam=config.distill_optimizer == "adam"),
     "fedper-personal=*bias": lambda config, cohort, x: partial(config, cohort, x, BIAS),
     "fedbn-personal=*bias": lambda config, cohort, x: partial(config, cohort, x, BIAS),
     "lgfedavg-personal=*,!*bias": lambda config, cohort, x: partial(config, cohort, x, ~BIAS),
