@@ -69,8 +69,7 @@ class Frecon(ShiftedGradient):
 
         def init_server(x: Tensor) -> Server:
             g, h, held = torch.zeros_like(x), torch.zeros_like(x), torch.ones((), dtype=torch.bool, device=x.device)
-            # A tensor of its own: a program traced on one tensor for both models would take them for one later on.
-            return Server(x, x.clone(), g, h, held, trainer.server.init(x), x.new_zeros(()))
+            return Server(x, x, g, h, held, trainer.server.init(x), x.new_zeros(()))
 
         def init_client(x: Tensor) -> Shift:
             return init_shift(self, x)

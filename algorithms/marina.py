@@ -82,8 +82,7 @@ class Marina(CompressedGradient):
 
         def init_server(x: Tensor) -> Server:
             yes = torch.ones((), dtype=torch.bool, device=x.device)
-            # A tensor of its own: a program traced on one tensor for both models would take them for one later on.
-            return Server(x, x.clone(), x.new_zeros(x.shape), yes, yes, trainer.server.init(x), x.new_zeros(()))
+            return Server(x, x, x.new_zeros(x.shape), yes, yes, trainer.server.init(x), x.new_zeros(()))
 
         def broadcast(server: Server, key: Tensor) -> vfl.Broadcast:
             lr, bits = trainer.rate(server.t), vfl.float_bits(server.x)

@@ -201,9 +201,8 @@ def learned(
 
     def init_server(x: Tensor) -> Learning:
         theta = first_network(options.weights_hidden, x)
-        # Two tensors, not one twice: a traced program could not tell what is sent of them apart later.
-        center, scale = x.new_zeros(FEATURES), x.new_zeros(FEATURES)
-        return Learning(algorithm.init_server(x), theta, opt.init(theta), center, scale, x.new_zeros(()))
+        zeros = x.new_zeros(FEATURES)
+        return Learning(algorithm.init_server(x), theta, opt.init(theta), zeros, zeros, x.new_zeros(()))
 
     def broadcast(server: Learning, key: Tensor) -> Broadcast:
         sent = algorithm.broadcast(server.inner, key)
