@@ -84,6 +84,38 @@ def test_a_program_is_made_once_for_a_shape(monkeypatch):
     assert len(made) == 1
 
 
+def test_a_program_computes_chunk_after_chunk_of_like_clients(monkeypatch):
+    """Clients with as many steps go through one program without the host looking around in between."""
+    calls, slices = [], []
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: lambda *now: calls.append(0) or graph(*now))
+    plain = execute.Compiler.run
+    monkeypatch.setattr(execute.Compiler, "run", lambda *given: slices.append(0) or plain(*given))
+    task, data = regression(), federated(sizes=[6] * 9)
+    options = {"clients_per_round": "all", "batch_size": 3}
+    wanted = run(ALGORITHMS["scaffold-option=2"], task, data, 3, execution="vmap", chunk=100, **options)
+    found = run(ALGORITHMS["scaffold-option=2"], task, data, 3, execution="compile", chunk=3, **options)
+    assert_same(found, wanted, 1e-9)
+    assert len(calls) - len(slices) >= 2 * 2  # three chunks in each of the last two rounds, in one slice
+
+
+def test_a_program_that_runs_out_of_memory_is_followed_by_smaller_chunks(monkeypatch, caplog):
+    plain = execute.Compiler.run
+
+    def narrow(self, signature, bounds, shared, inputs, sums, most, chunk):
+        if chunk > 2:
+            raise torch.OutOfMemoryError("too many")
+        return plain(self, signature, bounds, shared, inputs, sums, most, chunk)
+
+    monkeypatch.setattr(execute.Compiler, "run", narrow)
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    task, data = regression(), federated()
+    wanted = run(ALGORITHMS["fedavg"], task, data, 2, execution="vmap", clients_per_round="all", chunk=100)
+    with caplog.at_level(logging.WARNING, "vfl"):
+        found = run(ALGORITHMS["fedavg"], task, data, 2, execution="compile", clients_per_round="all", chunk=4)
+    assert_same(found, wanted, 1e-9)
+    assert "out of memory with" in caplog.text
+
+
 def test_a_run_goes_on_under_vmap_when_compiling_fails(monkeypatch, caplog):
     def broken(graph, inputs):
         raise RuntimeError("no compiler on this machine")

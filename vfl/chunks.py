@@ -78,6 +78,7 @@ class ChunkSize:
             most = min(most, MEMORY_SHARE * free)
         first = int(min(max(most / client_bytes, 1), FIRST[0]))
         self.size = wanted or first
+        self._equal = 2**63  # clients in a chunk of the last equal ones
         self._short = 0  # chunks since the last full one
         self._best = (0.0, self.size)  # (local steps a second, size)
 
@@ -85,8 +86,14 @@ class ChunkSize:
         """How many of the next clients, of which `alike` are alike, form the next chunk; of `size` if that is given."""
         if size is None and not self.settled:
             return min(self.size, alike)
-        chunks = -(-alike // (size or self.size))
-        return -(-alike // chunks)  # equal chunks rather than a full one and a rest
+        most = size or self.size
+        if size is not None:  # programs are for one shape: equal chunks, as large as the last ones if that can be
+            for clients in (self._equal, *range(min(most, alike), most // 2, -1)):
+                if clients <= most and alike % clients == 0:
+                    self._equal = clients
+                    return clients
+        chunks = -(-alike // most)
+        return -(-alike // chunks)  # nearly equal chunks rather than full ones and a rest
 
     def report(self, clients: int, steps: int, seconds: float, before: int | None) -> None:
         """Learns from a finished chunk; `before` is the memory in use when it started."""

@@ -161,34 +161,57 @@ def kept(problem: Problem, results: Results) -> Tree:
     return (message.payload, message.weight) if problem.algorithm.combine is not None else ()
 
 
+class Program(NamedTuple):
+    """A chunk's whole work as machine code: clients, weighted sums and reports."""
+
+    call: Callable[..., list[Tensor]]  # of the leaves of Shared, Inputs and Sums
+    result: Any  # the structure of what it gives, an Added
+
+
 class Compiler:
-    """Compiled programs by chunk shape, each of a chunk's whole work: clients, weighted sums and reports.
+    """Compiled programs by chunk shape.
 
     Nothing in a program can depend on a value, which vmap has shown before, so a program guards nothing.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._programs: dict[Hashable, Callable[[Shared, Inputs, Sums], Added]] = {}
+        self._programs: dict[Hashable, Program] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
 
     def run(
-        self, signature: Hashable, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums, most: int | None = None
-    ) -> Added:
-        """The chunk by the program for its shape, which the first such chunk compiles.
+        self,
+        signature: Hashable,
+        bounds: Bounds,
+        shared: Shared,
+        inputs: Inputs,
+        sums: Sums,
+        most: int | None,
+        chunk: int,
+    ) -> list[Added]:
+        """The clients by the program for chunks of this size, which the first of their shape compiles.
 
-        Raises TooManyOperatorsError where that would take more than `most` operators.
+        One chunk after the other goes through it, which costs the host but a call; each leaves its own.
+        Raises TooManyOperatorsError where the program would take more than `most` operators.
         """
-        if signature not in self._programs:
-            self._programs[signature] = self._make(bounds, shared, inputs, sums, most)
-        return self._programs[signature](shared, inputs, sums)
+        common, mine, total = pytree.tree_leaves(shared), pytree.tree_leaves(inputs), pytree.tree_leaves(sums)
+        added = []
+        alone = chunk == inputs.rows.shape[-3]
+        for part in [mine] if alone else zip(*(leaf.split(chunk) for leaf in mine), strict=True):
+            flat = [*common, *part, *total]
+            if signature not in self._programs:
+                self._programs[signature] = self._make(
+                    bounds, flat, pytree.tree_structure((shared, inputs, sums)), most
+                )
+            program = self._programs[signature]
+            done = program.call(*flat)
+            added.append(cast("Added", pytree.tree_unflatten(done, program.result)))
+            total = done[: len(total)]  # the sums come first in Added
+        return added
 
-    def _make(
-        self, bounds: Bounds, shared: Shared, inputs: Inputs, sums: Sums, most: int | None
-    ) -> Callable[[Shared, Inputs, Sums], Added]:
-        flat, arguments = pytree.tree_flatten((shared, inputs, sums))
+    def _make(self, bounds: Bounds, flat: list[Tensor], arguments: Any, most: int | None) -> Program:
         flat = _told_apart(flat)
         result: list[Any] = []
 
@@ -209,8 +232,7 @@ class Compiler:
             return done
 
         graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes))
-        compiled = compile_graph(graph, flat)
-        return lambda *now: pytree.tree_unflatten(compiled(*pytree.tree_leaves(now)), result[0])
+        return Program(compile_graph(graph, flat), result[0])
 
 
 def _told_apart(inputs: list[Tensor]) -> list[Tensor]:

@@ -80,23 +80,36 @@ class Executor:
             mode, alone = self.tuner.way()
             compiled = self._chunk_once if queue.once else self._compiled_chunk
             size = {"loop": 1, "vmap": None, "compile": compiled}[mode]
-            now = queue.peek(self.chunk.take(queue.alike, size))
-            before, started = self.chunk.memory.used() if not self.chunk.settled else None, time.perf_counter()
+            clients = self.chunk.take(queue.alike, size)
+            now = queue.peek(clients)
+            if mode == "compile" and not self._compilable(now, round):
+                mode = "vmap"  # which also shows that nothing depends on a value
+            if mode == "compile":
+                many = queue.peek(clients, queue.repeats(clients))
+                now = many if many.signature == now.signature else now
+            growing = mode == "vmap" and not self.chunk.settled
+            before, started = self.chunk.memory.used() if growing else None, time.perf_counter()
             try:
                 with threads(1 if alone else torch.get_num_threads()):
-                    ran, added = self._run(mode, now, shared, round)
+                    if mode == "compile":
+                        added = self._compiled(now, shared, round)
+                    else:
+                        mode, added = self._run(mode, now, shared, round)
             except Exception as error:
-                if not out_of_memory(error) or not self.chunk.halve(now.clients):
+                if not out_of_memory(error) or not self.chunk.halve(clients):
                     raise
+                self._compiled_chunk = self._chunk_once = self.chunk.size
                 continue
+            if added is None:
+                continue  # without compiling
             queue.advance(now.clients)
             self._keep(now, added, round)
             if self.tuner.learning:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 steps, seconds = now.counts, time.perf_counter() - started
-                self.tuner.report(ran, now.signature, int(steps.sum()), int(steps.max()), seconds)
-                if ran == "vmap":
+                self.tuner.report(mode, now.signature, int(steps.sum()), int(steps.max()), seconds)
+                if mode == "vmap":
                     self.chunk.report(now.clients, int(steps.sum()), seconds, before)
             return
 
@@ -122,34 +135,40 @@ class Executor:
         sizes = known.sizes if known else []
         return zeros(sizes, self.sum_dtype, self.device, self.problem.replicas)
 
-    def _keep(self, now: Slice, added: Added, round: Round) -> None:
-        round.sums = added.sums
-        round.reports.append((now.now, added.report))
-        round.states.append((now.now, _to(added.clients, self.place)))
-        if added.messages:
-            round.messages.append((now.now, _to(added.messages, self.place)))
-        round.chunk = max(round.chunk, now.clients)
+    def _keep(self, now: Slice, added: list[Added], round: Round) -> None:
+        round.sums = added[-1].sums
+        for i, chunk in enumerate(added):
+            of = now.now[..., i * now.chunk : (i + 1) * now.chunk]
+            round.reports.append((of, chunk.report))
+            round.states.append((of, _to(chunk.clients, self.place)))
+            if chunk.messages:
+                round.messages.append((of, _to(chunk.messages, self.place)))
+        round.chunk = max(round.chunk, now.chunk)
 
-    def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Added]:
-        """How the chunk was run in the end, and what it left."""
+    def _compilable(self, now: Slice, round: Round) -> bool:
+        """Whether a program may compute such clients."""
         known = self.layout(round) is not None and not self.tuner.counting
-        if mode == "compile" and not (known and self.tuner.wants(now.signature, int(now.counts.max()))):
-            mode = "vmap"  # which also shows that nothing depends on a value
-        if mode == "compile":
-            try:
-                programs, started = len(self.compiler), time.perf_counter()
-                sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
-                kind = (round.kind, now.signature, torch.get_num_threads())  # which are fixed in a program
-                added = self.compiler.run(kind, now.bounds, shared, now.inputs, sums, most)
-                if len(self.compiler) > programs:
-                    self.tuner.compiled(time.perf_counter() - started)
-                return mode, added
-            except Exception as error:
-                if out_of_memory(error):
-                    raise
-                mode = "vmap"
-                self.tuner.give_up("compile")
-                log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
+        return known and self.tuner.wants(now.signature, int(now.counts.max()))
+
+    def _compiled(self, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
+        """What the slice's chunks left; None where there is no program for them, and there will be none."""
+        programs, started = len(self.compiler), time.perf_counter()
+        sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
+        kind = (round.kind, now.signature, torch.get_num_threads())  # which are fixed in a program
+        try:
+            added = self.compiler.run(kind, now.bounds, shared, now.inputs, sums, most, now.chunk)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            self.tuner.give_up("compile")
+            log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
+            return None
+        if len(self.compiler) > programs:
+            self.tuner.compiled(time.perf_counter() - started)
+        return added
+
+    def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, list[Added]]:
+        """How the slice was run in the end, and what it left."""
         if self.tuner.counting:
             with Operators() as operators:
                 mode, results = self._eager(mode, now, shared, round)
@@ -157,7 +176,7 @@ class Executor:
         else:
             mode, results = self._eager(mode, now, shared, round)
         sums, report = add_all(self.problem, round.sums or self.no_sums(round), results)
-        return mode, Added(sums, report, results[1], kept(self.problem, results))
+        return mode, [Added(sums, report, results[1], kept(self.problem, results))]
 
     def _eager(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, Results]:
         if mode == "loop":

@@ -20,6 +20,7 @@ from vfl.local import Block, Minibatches, Work, minibatches
 from vfl.profiling import Clock
 
 PADDING = 0.5  # clients with fewer steps than this share of the longest one's are not computed beside it
+REPEATS = 32  # chunks that a program computes before the host looks around again
 GROUP = 2**20  # visits of examples whose order is drawn at once
 
 
@@ -36,6 +37,7 @@ class Slice(NamedTuple):
     counts: np.ndarray  # [C] local steps, descending
     bounds: Bounds
     inputs: Inputs
+    chunk: int  # so many of them at once
 
     @property
     def clients(self) -> int:
@@ -45,7 +47,8 @@ class Slice(NamedTuple):
     @property
     def signature(self) -> tuple[object, ...]:
         """What a compiled program is good for, within one experiment."""
-        return self.bounds, bool(self.inputs.block), *self.inputs.rows.shape
+        *lead, _, steps, batch = self.inputs.rows.shape
+        return self.bounds, bool(self.inputs.block), *lead, self.chunk, steps, batch
 
 
 class Clients(NamedTuple):
@@ -100,6 +103,14 @@ class Queue:
         counts = self.clients.counts[..., self.done :]
         return min(alike(row) for row in counts.reshape(-1, counts.shape[-1]))
 
+    def repeats(self, count: int) -> int:
+        """How many chunks of `count` clients in a row one program computes: those whose steps are as many."""
+        counts = self.clients.counts[..., self.done :]
+        if counts.ndim > 1:  # replicas' chunks are no rows of one block
+            return 1
+        same = int(np.searchsorted(-counts, -counts[0], side="right"))
+        return max(min(same // count, REPEATS), 1)
+
     @property
     def once(self) -> bool:
         """Whether the clients alike to come read each of their examples once, in place."""
@@ -107,10 +118,10 @@ class Queue:
         c = self.clients
         return bool((c.counts[..., of] == 1).all()) and bool(self._block(c.starts[..., of], c.sizes[..., of]))
 
-    def peek(self, count: int) -> Slice:
-        """The next `count` clients, which must be alike; `advance` takes them out."""
+    def peek(self, count: int, chunks: int = 1) -> Slice:
+        """The clients of the next chunks of `count`, which must be alike; `advance` takes them out."""
         with self.clock("data"):
-            return self._peek(count)
+            return self._peek(count * chunks)._replace(chunk=count)
 
     def advance(self, count: int) -> None:
         """Takes these many clients out."""
@@ -122,6 +133,7 @@ class Queue:
         of, at = np.s_[..., first:last], np.s_[..., first - group.first : last - group.first]
         counts, largest = c.counts[of], int(c.sizes[of].max())
         steps, batch = int(counts.max()), int(self.work.batch(c.sizes[of]).max())
+        largest = -(-largest // max(batch, 1)) * batch  # as many minibatches hold so many: one program serves them all
         visits = (*at, slice(steps), slice(batch))
         lead = counts.shape[:-1]
         weight = group.plan.weight
@@ -131,7 +143,7 @@ class Queue:
             tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
             weight[visits].contiguous() if isinstance(weight, Tensor) else (), self._block(c.starts[of], c.sizes[of]),
         )  # fmt: skip
-        return Slice(c.now[of], c.ids[of], counts, Bounds(int(counts.min()), largest), inputs)
+        return Slice(c.now[of], c.ids[of], counts, Bounds(int(counts.min()), largest), inputs, count)
 
     def _block(self, starts: np.ndarray, sizes: np.ndarray) -> Block:
         """The examples of clients [C] of one size that lie one after the other: no gather has to copy them."""
