@@ -180,6 +180,16 @@ def with_model(server: Any, x: Tensor) -> Any:
     return server._replace(inner=with_model(server.inner, x))
 
 
+def idled(algorithm: Algorithm, server: Any, key: Tensor) -> tuple[Any, Mapping[str, Tensor]]:
+    """The algorithm's own server state after a round that brought no weight, and what to report."""
+    return algorithm.idle(server, key) if algorithm.idle else (server, {})
+
+
+def expecting(algorithm: Algorithm, server: Any, payload: Tree) -> Any:
+    """The algorithm's own first server state, with its memory for what one client sends: a payload (of zeros)."""
+    return algorithm.expect(server, payload) if algorithm.expect else server
+
+
 def nested(algorithm: Algorithm) -> Algorithm:
     """The algorithm for a wrapper whose server's state holds the algorithm's own in its field `inner`.
 
@@ -193,21 +203,21 @@ def nested(algorithm: Algorithm) -> Algorithm:
         inner, reported = algorithm.server_update(server.inner, mean, key)
         return server._replace(inner=inner), reported
 
-    everyone, idle, expect = algorithm.everyone, algorithm.idle, algorithm.expect
+    everyone = algorithm.everyone
 
-    def rest(server: Any, key: Tensor) -> tuple[Any, Mapping[str, Tensor]]:
-        inner, reported = idle(server.inner, key) if idle else (server.inner, {})
+    def idle(server: Any, key: Tensor) -> tuple[Any, Mapping[str, Tensor]]:
+        inner, reported = idled(algorithm, server.inner, key)
         return server._replace(inner=inner), reported
 
-    def expecting(server: Any, payload: Tree) -> Any:
-        return server._replace(inner=expect(server.inner, payload)) if expect else server
+    def expect(server: Any, payload: Tree) -> Any:
+        return server._replace(inner=expecting(algorithm, server.inner, payload))
 
     return algorithm._replace(
         broadcast=broadcast,
         server_update=server_update,
         everyone=(lambda server: everyone(server.inner)) if everyone else None,
-        idle=rest if idle else None,
-        expect=expecting if expect else None,
+        idle=idle if algorithm.idle else None,
+        expect=expect if algorithm.expect else None,
         personal=of_inner(algorithm.personal),
     )
 

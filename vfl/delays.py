@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Mean, Message, Metrics, Tree, leaves, nested, tree_map
+from vfl.base import Algorithm, Mean, Message, Metrics, Tree, expecting, idled, leaves, nested, tree_map
 from vfl.devices import SECONDS
 from vfl.errors import UsageError, unknown
 from vfl.local import Batches, keep_where
@@ -137,7 +137,7 @@ def delayed(
         return Delayed(algorithm.init_server(x), (), x.new_zeros(T), x.new_zeros(T))
 
     def expect(server: Delayed, payload: Tree) -> Delayed:
-        inner = algorithm.expect(server.inner, payload) if algorithm.expect else server.inner
+        inner = expecting(algorithm, server.inner, payload)
         return server._replace(inner=inner, payload=tree_map(lambda p: p.new_zeros((T, *p.shape)), payload))
 
     def client_update(sent: Tree, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
@@ -217,7 +217,7 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         return Buffered(algorithm.init_server(x), (), x.new_zeros(()), x.new_zeros(()))
 
     def expect(server: Buffered, payload: Tree) -> Buffered:
-        inner = algorithm.expect(server.inner, payload) if algorithm.expect else server.inner
+        inner = expecting(algorithm, server.inner, payload)
         return server._replace(inner=inner, payload=tree_map(torch.zeros_like, payload))
 
     def server_update(server: Buffered, mean: Mean, key: Tensor) -> tuple[Buffered, dict[str, Tensor]]:
@@ -235,9 +235,7 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         return Buffered(inner, *kept), {**reported, "buffered": kept[-1]}
 
     def idle(server: Buffered, key: Tensor) -> tuple[Buffered, Mapping[str, Tensor]]:
-        if algorithm.idle is None:
-            return server, {"buffered": server.clients}
-        inner, reported = algorithm.idle(server.inner, key)
+        inner, reported = idled(algorithm, server.inner, key)
         return server._replace(inner=inner), {**reported, "buffered": server.clients}
 
     return nested(algorithm)._replace(
@@ -304,7 +302,7 @@ def _step(algorithm: Algorithm, server: Any, sums: Mean, due: Tensor, key: Tenso
     scale = torch.where(sums.weight > 0, 1 / sums.weight, 0)
     mean = sums._replace(payload=tree_map(lambda p: (p * scale).to(p.dtype), sums.payload))
     stepped, reported = algorithm.server_update(server, mean, key)
-    rested, meanwhile = (server, {}) if algorithm.idle is None else algorithm.idle(server, key)
+    rested, meanwhile = idled(algorithm, server, key)
     named = {
         name: torch.where(due, value.to(torch.float64), meanwhile.get(name, torch.nan))
         for name, value in reported.items()

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, nested, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, expecting, leaves, nested, tree_map
 from vfl.data.container import Examples, Transform, cast
 from vfl.errors import UsageError
 from vfl.local import Batches, keep_where
@@ -197,7 +197,7 @@ def learned(
     opt = optimizer(options.weights_optimizer)
     size = min(options.weights_reward_examples, len(held.y))
     mask = torch.ones(size, dtype=torch.bool, device=task.x.device)
-    receive, expect, sigma = algorithm.receive, algorithm.expect, options.weights_noise
+    receive, sigma = algorithm.receive, options.weights_noise
 
     def init_server(x: Tensor) -> Learning:
         theta = first_network(options.weights_hidden, x)
@@ -267,8 +267,8 @@ def learned(
         after = Learning(inner, theta, memory, center, scale, server.t + 1)
         return after, {**reported, "reward": reward, "followed": better.to(reward.dtype)}
 
-    def expecting(server: Learning, payload: Learned) -> Learning:
-        return server._replace(inner=expect(server.inner, payload.payload)) if expect else server
+    def expect(server: Learning, payload: Learned) -> Learning:
+        return server._replace(inner=expecting(algorithm, server.inner, payload.payload))
 
     return nested(algorithm)._replace(
         init_server=init_server,
@@ -276,5 +276,5 @@ def learned(
         client_update=client_update,
         server_update=server_update,
         receive=None,
-        expect=expecting if expect else None,
+        expect=expect if algorithm.expect else None,
     )

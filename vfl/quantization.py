@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, nested, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, idled, leaves, nested, tree_map
 from vfl.compressors.base import Layout
 from vfl.compressors.quantize import check_quantize, quantized
 from vfl.errors import UsageError
@@ -105,7 +105,7 @@ class Quantization:
             return Counted(inner, server.t + 1), reported
 
         def idle(server: Counted, key: Tensor) -> tuple[Counted, Mapping[str, Tensor]]:
-            inner, reported = algorithm.idle(server.inner, key) if algorithm.idle else (server.inner, {})
+            inner, reported = idled(algorithm, server.inner, key)
             return Counted(inner, server.t + 1), reported
 
         return nested(algorithm)._replace(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, of_inner
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, expecting, idled, of_inner
 from vfl.errors import UsageError
 from vfl.local import Batches
 from vfl.training import AlgorithmConfig
@@ -107,13 +107,11 @@ def over_grid(
         return Varied(inner, server.values), reported
 
     def idle(server: Varied, key: Tensor) -> tuple[Varied, Mapping[str, Tensor]]:
-        own = at(server.values).idle
-        inner, reported = (server.inner, {}) if own is None else own(server.inner, key)
+        inner, reported = idled(at(server.values), server.inner, key)
         return Varied(inner, server.values), reported
 
     def expect(server: Varied, payload: Tree) -> Varied:
-        own = at(server.values).expect
-        return server if own is None else Varied(own(server.inner, payload), server.values)
+        return Varied(expecting(at(server.values), server.inner, payload), server.values)
 
     return Algorithm(
         init_server, plain.init_client, broadcast, client_update, server_update,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfl.base import Algorithm, Mean, nested
+from vfl.base import Algorithm, Mean, idled, nested
 from vfl.errors import UsageError, unknown
 from vfl.samplers import Amount, cohort_rate, cohort_size
 from vfl.spec import parse
@@ -190,7 +190,7 @@ def reporting(algorithm: Algorithm, plan: Plan, noise_multiplier: float, rounds:
         return counted(*wrapped.server_update(server, mean, key))
 
     def idle(server: Server, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
-        return counted(*(wrapped.idle(server, key) if wrapped.idle else (server, {})))
+        return counted(*idled(wrapped, server, key))
 
     return wrapped._replace(init_server=init_server, server_update=server_update, idle=idle)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, leaves, nested, tree_map
+from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, expecting, leaves, nested, tree_map
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
 from vfl.privacy.noise import Noise, independent
@@ -141,7 +141,7 @@ def private(
         return server._replace(inner=inner, clip=norm, noise=memory), reported
 
     def expect(server: Server, payload: Clipped) -> Server:
-        inner = algorithm.expect(server.inner, payload.payload) if algorithm.expect else server.inner
+        inner = expecting(algorithm, server.inner, payload.payload)
         return server._replace(inner=inner, nothing=payload)
 
     def idle(server: Server, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
