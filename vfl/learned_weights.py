@@ -170,11 +170,8 @@ class LearnedWeights:
         """
         if not self.learn_weights:
             return algorithm
-        data = context.data
-        if data is None or data.validation is None:
-            raise UsageError("learned weights are rewarded on examples of the server, and there is no validation set: "
-                             "validation 0.1 sets a tenth of the training examples aside")  # fmt: skip
-        return learned(algorithm, task, data.validation, self, data.transform)
+        examples, transform = context.server_examples("learned weights are rewarded on examples of the server")
+        return learned(algorithm, task, examples, self, transform)
 
 
 def learned(

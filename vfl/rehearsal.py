@@ -60,11 +60,8 @@ class Rehearsal:
         """
         if not self.rehearsal_steps:
             return algorithm
-        data = context.data
-        if data is None or data.validation is None:
-            raise UsageError("rehearsal needs examples on the server, and there is no validation set: validation 0.1 "
-                             "sets a tenth of the training examples aside")  # fmt: skip
-        return rehearsed(algorithm, task, data.validation, self, data.transform)
+        examples, transform = context.server_examples("rehearsal needs examples on the server")
+        return rehearsed(algorithm, task, examples, self, transform)
 
 
 def rehearsed(

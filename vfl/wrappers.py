@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from vfl.base import Algorithm
-from vfl.data.container import FederatedData
+from vfl.data.container import Examples, FederatedData, Transform
+from vfl.errors import UsageError
 from vfl.samplers import Amount, cohort_rate, cohort_size
 from vfl.spec import parse
 from vfl.task import Task
@@ -28,6 +29,16 @@ class Context(NamedTuple):
             return cohort_rate(self.clients_per_round, self.population) * self.population
         listed = parse(self.sampling).args
         return len(listed) if listed else cohort_size(self.clients_per_round, self.population)
+
+    def server_examples(self, need: str) -> tuple[Examples, Transform]:
+        """The examples that the server holds, the global validation set, and how the model takes them.
+
+        Raises UsageError where there is no such set; `need` says, as the sentence's beginning, who needs it.
+        """
+        if self.data is None or self.data.validation is None:
+            raise UsageError(f"{need}, and there is no validation set: validation 0.1 sets a tenth of the training "
+                             "examples aside")  # fmt: skip
+        return self.data.validation, self.data.transform
 
 
 class Wrapper(Protocol):
