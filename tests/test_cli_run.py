@@ -18,7 +18,8 @@ from algorithms.fedavg import FedAdam
 from vfl import checkpoint, models, runs
 from vfl.algorithms import algorithms, load_algorithm
 from vfl.cli import _main
-from vfl.cli.options import ABOUT_THE_CALL, GROUPS, RunOptions, option_fields, parse_run
+from vfl.cli.call import parse_run
+from vfl.cli.options import ABOUT_THE_CALL, GROUPS, RunOptions, option_fields
 from vfl.data import federated
 
 __all__ = ["here"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vfl.adversaries import corrupt_labels
-from vfl.cli.options import Call, RunOptions
+from vfl.cli.call import Call
+from vfl.cli.options import RunOptions
 from vfl.data import FederatedData, federated
 from vfl.distributed import Ranks
 from vfl.engine import Engine, State

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 
 from vfl import checkpoint, runs
+from vfl.cli.call import Call, parse_run
 from vfl.cli.experiment import evaluation, experiment
 from vfl.cli.launch import follow_launcher, launch, rank_count
-from vfl.cli.options import Call, parse_run
 from vfl.cli.signals import first_signal
 from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
