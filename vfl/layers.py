@@ -3,7 +3,8 @@
 Two read what their torch originals lack from a buffer that the task swaps in for one call: batch norm the mask of the
 real examples (padding must not enter the statistics), dropout a random key (so that a client draws the same noise in
 any chunk and on any rank). Recurrent layers (`vfl.recurrence`) are written out, since vmap has no rule for torch's.
-Convolutions (`vfl.convolution`) stay what they are, but choose how many clients' are computed.
+Convolutions (`vfl.convolution`) and other norms (`vfl.normalization`) stay what they are, but choose how many clients'
+are computed.
 """
 
 from __future__ import annotations
@@ -13,50 +14,8 @@ from torch import Tensor, nn
 
 from vfl import random
 from vfl.convolution import Wanted, choose_formulation
+from vfl.normalization import MaskedBatchNorm, fuse
 from vfl.recurrence import FunctionalRNN
-
-
-class MaskedBatchNorm(nn.Module):
-    """Batch norm over the examples whose mask is true; equations, options and state names of `nn.BatchNorm*d`."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    mask: Tensor
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.eps, self.momentum = norm.eps, norm.momentum
-        self.weight, self.bias = norm.weight, norm.bias
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(norm, name))
-        self.register_buffer("mask", torch.ones((), dtype=torch.bool), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, channels, ...]
-        over = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        if self.training or self.running_mean is None or self.running_var is None:
-            mask = self.mask.reshape([-1] + [1] * (x.dim() - 1)).to(x.dtype).expand(x.shape[0], *[1] * (x.dim() - 1))
-            count = mask.sum() * (x[0, 0].numel())
-            mean = (x * mask).sum(over) / count.clamp(min=1)
-            var = ((x - mean.reshape(shape)) * mask).square().sum(over) / count.clamp(min=1)
-            if self.training:
-                self._track(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach(), count)
-        else:
-            mean, var = self.running_mean, self.running_var
-        x = (x - mean.reshape(shape)) * (var.reshape(shape) + self.eps).rsqrt()
-        return x if self.weight is None else x * self.weight.reshape(shape) + self.bias.reshape(shape)
-
-    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        seen = count > 0  # a batch of padding alone leaves no trace
-        self.num_batches_tracked = self.num_batches_tracked + seen
-        a = self.momentum
-        if a is None:
-            a = 1 / self.num_batches_tracked.clamp(min=1).to(mean.dtype)
-        self.running_mean = torch.where(seen, (1 - a) * self.running_mean + a * mean, self.running_mean)
-        self.running_var = torch.where(seen, (1 - a) * self.running_var + a * var, self.running_var)
 
 
 class KeyedDropout(nn.Module):
@@ -105,6 +64,8 @@ def functionalize(module: nn.Module, convolution: Wanted = "auto") -> nn.Module:
             swapped[layer] = FunctionalRNN(layer, KeyedDropout(layer.dropout, False, count))
         elif isinstance(layer, nn.modules.conv._ConvNd):
             choose_formulation(layer, convolution)
+        elif isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
+            fuse(layer)
         else:
             for name, child in layer._modules.items():  # named_children would leave out the second place
                 if child is not None:

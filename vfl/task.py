@@ -16,8 +16,9 @@ from torch.nn import functional
 from vfl.convolution import Wanted
 from vfl.errors import UsageError, unknown
 from vfl.formulations import FORMULATIONS
-from vfl.layers import KeyedDropout, MaskedBatchNorm, functionalize
+from vfl.layers import KeyedDropout, functionalize
 from vfl.names import in_norms, select
+from vfl.normalization import MaskedBatchNorm
 from vfl.recompute import recompute as forgetting
 from vfl.slots import Stateless
 
