@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vfl import random
+from vfl import attention, random
 from vfl.convolution import Wanted, choose_formulation
 from vfl.normalization import MaskedBatchNorm, fuse
 from vfl.recurrence import FunctionalRNN
@@ -44,6 +44,7 @@ def functionalize(module: nn.Module, convolution: Wanted = "auto") -> nn.Module:
 
     Its convolutions compute many clients by `convolution`.
     """
+    attention.register()
     swapped: dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one
     count = 0
 
