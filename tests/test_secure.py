@@ -107,6 +107,10 @@ def test_what_could_wrap_is_refused_and_the_bound_is_tight() -> None:
         secure_sum(x, SECRET, [0, 1, 2], code)
     beyond = torch.full((3, 1), code.bound(3) + 0.5)  # one unit more would still do here, two wrap
     assert decode(encode(beyond, code).sum(0), code) < 0
+    # In float32 the default's bound is rounded up to the first number that wraps.
+    assert float(torch.tensor(FixedPoint().bound(1))) == 2**15
+    with pytest.raises(UsageError, match="is 32768, but"):
+        secure_sum(torch.full((1, 1), 2.0**15), SECRET, [0], FixedPoint())
     x[2, 1] = torch.nan
     with pytest.raises(UsageError, match="is nan, but"):
         code.check(x, 3)

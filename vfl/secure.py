@@ -54,7 +54,7 @@ class FixedPoint:
         Beyond it the sum could come out modulo 2^bits, as another number, and nothing would show it.
         """
         bound = self.bound(clients)
-        wrong = ~(x.abs() <= bound)  # NaN too
+        wrong = ~(x.abs().to(torch.float64) <= bound)  # NaN too; in float32 the bound itself would be rounded up
         if bool(wrong.any()):
             at = wrong.nonzero()[0].tolist()
             raise UsageError(
