@@ -34,6 +34,11 @@ class RankLostError(RuntimeError):
     """The run cannot go on because another rank has ended; the message is one sentence."""
 
 
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table, with the nearest known one."""
     known = sorted(known)

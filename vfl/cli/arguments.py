@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vfl.errors import UsageError
+from vfl.errors import UsageError, flag
 
 T = TypeVar("T")
 
@@ -51,11 +51,6 @@ def parse(cls: type[T], arguments: Sequence[str], command: str, options: Collect
         names = options or [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         raise UsageError(_superfluous(rest[0], command, [flag(name) for name in names]))
     return found
-
-
-def flag(name: str) -> str:
-    """How an option is written on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def _superfluous(argument: str, command: str, flags: list[str]) -> str:

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vfl.cli.arguments import flag
 from vfl.delays import Delays
 from vfl.devices import Devices
-from vfl.errors import UsageError
+from vfl.errors import UsageError, flag
 from vfl.leakage import Leakage
 from vfl.learned_weights import LearnedWeights
 from vfl.local import Draw, Reshuffle, Work

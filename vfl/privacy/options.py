@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vfl.base import Algorithm
-from vfl.errors import UsageError, unknown
+from vfl.errors import UsageError, flag, unknown
 from vfl.privacy.accounting import Accountant, Plan, make_plan, reporting, solve_noise_multiplier
 from vfl.privacy.central import Adaptive, private
 from vfl.privacy.examples import private_gradients, refuse_buffers
@@ -64,15 +64,15 @@ class Privacy:
                      "min_weight"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"{_flag(name)} must be a finite number > 0, not {value}")
+                raise UsageError(f"{flag(name)} must be a finite number > 0, not {value}")
         for name in ("noise_multiplier", "adaptive_clip_lr", "example_noise"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"{_flag(name)} must be a finite number ≥ 0, not {value}")
+                raise UsageError(f"{flag(name)} must be a finite number ≥ 0, not {value}")
         for name in ("delta", "adaptive_clip_quantile"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise UsageError(f"{_flag(name)} must lie between 0 and 1, not {value}")
+                raise UsageError(f"{flag(name)} must lie between 0 and 1, not {value}")
         for name, kinds in (("mechanism", Mechanism), ("accountant", Accountant), ("tree_estimator", Estimator)):
             if getattr(self, name) not in get_args(kinds):
                 raise unknown(name, str(getattr(self, name)), get_args(kinds))
@@ -82,19 +82,19 @@ class Privacy:
         """Raises UsageError for options that need or exclude each other."""
         noises = [n for n in ("noise_multiplier", "target_epsilon", "message_epsilon") if getattr(self, n) is not None]
         if len(noises) > 1:
-            raise UsageError(f"{_flag(noises[0])} and {_flag(noises[1])} both say how much noise; give one of them")
+            raise UsageError(f"{flag(noises[0])} and {flag(noises[1])} both say how much noise; give one of them")
         if self.clip is None:
             given = [*noises, *(n for n in ("adaptive_clip_quantile", "delta") if getattr(self, n) is not None)]
             given += ["mechanism"] if self.mechanism != "central" else []
             if given:
-                raise UsageError(f"{_flag(given[0])} needs --clip, the largest norm of what a client sends")
+                raise UsageError(f"{flag(given[0])} needs --clip, the largest norm of what a client sends")
         for name in ("target_epsilon", "message_epsilon"):
             if getattr(self, name) is not None and self.delta is None:
-                raise UsageError(f"{_flag(name)} needs --delta, such as one over ten times the number of clients")
+                raise UsageError(f"{flag(name)} needs --delta, such as one over ten times the number of clients")
         for mechanism, names in _ONLY.items():
             for name in names:
                 if self.mechanism != mechanism and getattr(self, name) != getattr(Privacy, name):
-                    raise UsageError(f"{_flag(name)} belongs to --mechanism {mechanism}, not {self.mechanism}")
+                    raise UsageError(f"{flag(name)} belongs to --mechanism {mechanism}, not {self.mechanism}")
         if self.count_noise is not None and self.adaptive_clip_quantile is None:
             raise UsageError("--count-noise belongs to an adaptive norm; give --adaptive-clip-quantile, too")
         if self.max_weight is not None and self.min_weight > self.max_weight:
@@ -168,7 +168,3 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "local": ("message_epsilon", "scale_messages", "max_weight", "min_weight"),
     "ftrl": ("tree_estimator",),
 }
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
