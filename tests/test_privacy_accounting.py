@@ -13,6 +13,8 @@ from helpers import N, assert_same, federated, mlp, norm_and_dropout, run
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.marina import PPMarina
+from algorithms.mime import Mime
+from algorithms.scaffnew import Scaffnew
 from vfl.privacy import (
     Adaptive,
     Context,
@@ -282,7 +284,7 @@ def _missing(real, name, *rest):
         ({"clip": 1, "mechanism": "local", "message_epsilon": -1, "delta": 1e-5}, "--message-epsilon must be a finite"),
         ({"clip": 1, "noise_multiplier": -1}, "--noise-multiplier must be a finite number ≥ 0, not -1"),
         ({"clip": 1, "target_epsilon": math.nan, "delta": 1e-5}, "--target-epsilon must be a finite number > 0"),
-        ({"clip": 1, "delta": 1}, "--delta must lie between 0 and 1, not 1"),
+        ({"clip": 1, "noise_multiplier": 1, "delta": 1}, "--delta must lie between 0 and 1, not 1"),
         ({"clip": 1, "mechanism": "centre"}, "unknown mechanism 'centre'; did you mean 'central'?"),
         ({"clip": 1, "accountant": "prv"}, "unknown accountant 'prv'"),
         ({"noise_multiplier": 1.0}, "--noise-multiplier needs --clip"),
@@ -294,6 +296,11 @@ def _missing(real, name, *rest):
         ({"clip": 1, "count_noise": 2.0}, "give --adaptive-clip-quantile, too"),
         ({"clip": 1, "mechanism": "local", "max_weight": 1.0, "min_weight": 2.0}, "--min-weight 2 is above"),
         ({"example_noise": 1.0}, "--example-noise needs --example-clip"),
+        ({"clip": 1, "adaptive_clip_lr": 0.5}, "--adaptive-clip-lr belongs to an adaptive norm; give --adaptive-clip"),
+        ({"clip": 1, "mechanism": "local", "min_weight": 0.5}, "--min-weight needs --max-weight"),
+        ({"clip": 1, "noise_multiplier": 1, "accountant": "rdp"}, "--accountant needs --delta"),
+        ({"clip": 1, "delta": 0.1}, "--delta asks for ε, which is infinite without noise"),
+        ({"clip": 1, "delta": 0.1, "noise_multiplier": 0}, "--delta asks for ε, which is infinite without noise"),
     ],
 )
 def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence):
@@ -307,6 +314,47 @@ def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence)
 def test_a_sampler_that_may_draw_a_client_twice_is_refused(sampling):
     with pytest.raises(vfl.UsageError, match=f"--sampling {sampling} lets a client count more than once"):
         Privacy(clip=1).wrap(FedAvg().build(mlp(), N), mlp(), Context(N, 4, sampling, 3))
+
+
+@pytest.mark.parametrize("late", [{"delay_probability": 0.5}, {"buffer_size": 4}], ids=str)
+def test_messages_that_come_in_another_round_than_the_accounted_one_are_refused(late):
+    """A client's late and fresh messages together would change a sum by more than the norm."""
+    how = {"clients_per_round": 4, "sampling": "poisson", "execution": "vmap"}
+    for mechanism in ("central", "ftrl"):
+        wrappers = [Privacy(clip=1, noise_multiplier=1, mechanism=mechanism), vfl.Delays(**late)]
+        with pytest.raises(vfl.UsageError, match=r"noise for the sum of a round's own messages.*without delays"):
+            vfl.simulate(FedAvg(), mlp(), federated(), 1, wrappers=wrappers, **how)
+    wrappers = [Privacy(clip=1, noise_multiplier=1, mechanism="local"), vfl.Delays(**late)]
+    vfl.simulate(FedAvg(), mlp(), federated(), 2, wrappers=wrappers, **how)  # each message has noise of its own
+
+
+def test_rounds_that_ask_for_different_things_are_refused():
+    """An empty cohort's round would release something else than the round of the same number with clients."""
+    with pytest.raises(vfl.UsageError, match="alternates from round to round"):
+        vfl.simulate(Mime(), mlp(), federated(), 2, wrappers=[Privacy(clip=1)], clients_per_round=4, execution="vmap")
+
+
+def test_numbers_beside_vectors_are_named_as_they_get_noise_too(caplog):
+    how = {"clients_per_round": 4, "execution": "vmap"}
+    vfl.simulate(Scaffnew(), mlp(), federated(), 1, wrappers=[Privacy(clip=1, mechanism="local")], **how)
+    vfl.simulate(Scaffnew(), mlp(), federated(), 1, wrappers=[Privacy(clip=1)], **how)
+    assert ["coin, new" in record.message for record in caplog.records] == [True, True]
+    caplog.clear()
+    vfl.simulate(FedAvg(), mlp(), federated(), 1, wrappers=[Privacy(clip=1)], **how)
+    assert not caplog.records
+
+
+def test_clipped_examples_without_the_task_that_clips_them_are_refused():
+    options, how = Privacy(example_clip=1e-3), {"clients_per_round": 4, "execution": "vmap"}
+    with pytest.raises(vfl.UsageError, match=r"the task that Privacy\.gradients returns"):
+        vfl.simulate(FedAvg(), mlp(), federated(), 1, wrappers=[options], **how)
+    task = options.gradients(mlp())
+    assert (vfl.simulate(FedAvg(), task, federated(), 1, wrappers=[options], **how).x - task.x).norm() < 1e-2
+
+
+def test_a_range_of_cohort_sizes_is_refused():
+    with pytest.raises(vfl.UsageError, match=r"one number of clients a round, not 2\.\.5"):
+        Privacy(clip=1).wrap(FedAvg().build(mlp(), N), mlp(), Context(N, "2..5", "uniform", 3))
 
 
 def test_a_model_whose_buffers_would_go_round_without_noise_is_refused():

@@ -31,6 +31,7 @@ from vfl.base import Algorithm, Mean, Message, Metrics, Tree, expecting, idled, 
 from vfl.devices import SECONDS
 from vfl.errors import UsageError, unknown
 from vfl.local import Batches, keep_where
+from vfl.privacy.central import Clipped
 from vfl.spec import resolve
 from vfl.task import Task
 from vfl.wrappers import Context
@@ -137,6 +138,7 @@ def delayed(
         return Delayed(algorithm.init_server(x), (), x.new_zeros(T), x.new_zeros(T))
 
     def expect(server: Delayed, payload: Tree) -> Delayed:
+        _refuse_private(payload)
         inner = expecting(algorithm, server.inner, payload)
         return server._replace(inner=inner, payload=tree_map(lambda p: p.new_zeros((T, *p.shape)), payload))
 
@@ -217,6 +219,7 @@ def buffered(algorithm: Algorithm, size: int) -> Algorithm:
         return Buffered(algorithm.init_server(x), (), x.new_zeros(()), x.new_zeros(()))
 
     def expect(server: Buffered, payload: Tree) -> Buffered:
+        _refuse_private(payload)
         inner = expecting(algorithm, server.inner, payload)
         return server._replace(inner=inner, payload=tree_map(torch.zeros_like, payload))
 
@@ -308,6 +311,12 @@ def _step(algorithm: Algorithm, server: Any, sums: Mean, due: Tensor, key: Tenso
         for name, value in reported.items()
     }
     return keep_where(due, stepped, rested), named
+
+
+def _refuse_private(payload: Tree) -> None:
+    if isinstance(payload, Clipped):
+        raise UsageError("central privacy has noise for the sum of a round's own messages, and no client has two of "
+                         "them there: it runs without delays and without a buffer")  # fmt: skip
 
 
 def _along(factor: Tensor, rows: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Task(NamedTuple):
     outputs: Outputs
     norms: frozenset[str] = frozenset()  # names of the parameters and buffers of normalization layers
     problem: LinearProblem | None = None  # what theory knows about the objective on the run's data
+    private: bool = False  # whether grad_fn hides single examples (`vfl.privacy.private_gradients`)
 
     @property
     def sizes(self) -> list[int]:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from vfl.algorithms import load_algorithm
-from vfl.cli.arguments import flag, parse
+from vfl.cli.arguments import parse
 from vfl.cli.options import ABOUT_THE_CALL, GROUPS, NEUTRAL, WRAPPERS, RunOptions, fields_of, option_fields
-from vfl.errors import UsageError, unknown
+from vfl.errors import UsageError, flag, unknown
 from vfl.runs import CONFIG, is_run, read_config
 from vfl.training import AlgorithmConfig
 from vfl.wrappers import Wrapper

@@ -56,11 +56,8 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
     learning = make_task(call, data, device)
     if options.step_size == "theory":
         call = _by_theory(call, learning, data)
-    privacy, plateau = call.groups["privacy"], call.groups["plateau"]
-    if privacy.clip is not None and (call.groups["delays"].delay_probability or call.groups["delays"].buffer_size > 1):
-        raise UsageError("--clip accounts for messages that arrive in their own round; leave --delay-probability and "
-                         "--buffer-size out")  # fmt: skip
-    learning = privacy.gradients(learning)
+    plateau = call.groups["plateau"]
+    learning = call.groups["privacy"].gradients(learning)
     replicas, x = options.replication(), learning.x
     if replicas is not None:  # each has a model of its own seed
         models = {s: make_task(call, data, device, options.seed + s).x for s in range(replicas.seeds)}

@@ -2,24 +2,41 @@
 
 A client's presence changes the sum of the clipped messages by at most C in norm, so Gaussian noise N(0, (zC)²) on the
 sum hides it (Dwork & Roth 2014, section 3.5); z is the noise multiplier. The guarantee is that of the models sent.
-The training loss, client metrics and the count of clipped clients are the simulation's view, and not covered. Noise in
-floating point is fit for studying accuracy, not for releasing models (Mironov, CCS 2012).
+The training loss, evaluations on clients' data and the count of clipped clients are the simulation's view and not
+covered, and so is what is decided by them (a plateau, an early stop, the best model). Noise in floating point is fit
+for studying accuracy, not for releasing models (Mironov, CCS 2012).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Broadcast, Mean, Message, Metrics, Tree, expecting, leaves, nested, tree_map
+from vfl.base import (
+    Algorithm,
+    Broadcast,
+    Mean,
+    Message,
+    Metrics,
+    Tree,
+    expecting,
+    leaves,
+    named_leaves,
+    nested,
+    tree_map,
+)
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
 from vfl.privacy.noise import Noise, independent
+
+log = logging.getLogger("vfl")
 
 NOISE = 0x6E6F697365  # folded into a key for the noise, so that the algorithm's own draws stay what they are
 
@@ -67,6 +84,13 @@ def clip_tree(payload: Tree, norm: Tensor | float) -> tuple[Tree, Tensor]:
     return tree_map(lambda leaf: leaf * factor, payload), length
 
 
+def warn_of_numbers(payload: Tree) -> None:
+    """Says which numbers of a payload are clipped and noised with its vectors, what not every method stands."""
+    if numbers := [name for name, leaf in named_leaves(payload).items() if not leaf.dim()]:
+        log.warning("the numbers that clients send beside vectors (%s) are clipped and get noise as these do, and a "
+                    "method that needs them exact will not train", ", ".join(numbers))  # fmt: skip
+
+
 def message_noise(noise_multiplier: float, count_noise: float) -> float:
     """z_Δ, so that messages with noise z_Δ C and count with noise σ_b are together as private as z (1905.03871, Thm 1).
 
@@ -96,7 +120,8 @@ def private(
     clients in a round, qN under Poisson sampling, which the algorithm is told in place of the actual one. Clients weigh
     the same. `noise` replaces noise drawn afresh in each round, as `tree` does for DP-FTRL. What a client keeps to
     itself is not clipped. The metric `clipped` is the share of messages that were, `clip` the adaptive norm. A round
-    whose cohort is empty has no server step and so no noise; m should be so large that there is none.
+    whose cohort is empty has the noise all the same. Raises UsageError for an algorithm whose messages are of another
+    kind from round to round.
     """
     if not (clip > 0 and math.isfinite(clip)):
         raise UsageError(f"clip must be a finite number > 0, not {clip}")
@@ -125,6 +150,10 @@ def private(
         return Message(Clipped(payload, fits), weight, message.bits + bit), client, metrics
 
     def server_update(server: Server, mean: Mean, key: Tensor) -> tuple[Server, Mapping[str, Tensor]]:
+        like = pytree.tree_structure(server.nothing)
+        if leaves(server.nothing) and pytree.tree_structure(mean.payload) != like:
+            raise UsageError("what this algorithm asks of its clients alternates from round to round, so that a round "
+                             "without clients would show that it had none: it runs without privacy")  # fmt: skip
         noise_key, count_key = random.split(random.fold_in(key, NOISE)).unbind(-1)
         clipped: Clipped = tree_map(lambda leaf: leaf * mean.weight, mean.payload)  # the sum over the cohort
         drawn, memory = source.draw(clipped.payload, server.noise, noise_key)
@@ -141,6 +170,7 @@ def private(
         return server._replace(inner=inner, clip=norm, noise=memory), reported
 
     def expect(server: Server, payload: Clipped) -> Server:
+        warn_of_numbers(payload.payload)
         inner = expecting(algorithm, server.inner, payload.payload)
         return server._replace(inner=inner, nothing=payload)
 

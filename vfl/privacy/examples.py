@@ -44,7 +44,7 @@ def private_gradients(task: Task, clip: float, noise_multiplier: float, batch_si
         count = examples.clamp(min=1) if batch_size is None else batch_size
         return (total + noise_multiplier * clip * drawn) / count, Aux(aux.loss.sum(0), examples, buffers)
 
-    return task._replace(grad_fn=grad_fn)
+    return task._replace(grad_fn=grad_fn, private=True)
 
 
 def refuse_buffers(task: Task) -> None:

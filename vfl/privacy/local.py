@@ -9,6 +9,7 @@ as hard to tell apart as z/2 makes them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,7 +18,7 @@ from vfl import random
 from vfl.base import Algorithm, Message, Metrics, Tree, leaves, tree_map
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
-from vfl.privacy.central import NOISE, clip_tree
+from vfl.privacy.central import NOISE, clip_tree, warn_of_numbers
 
 
 def classical_multiplier(epsilon: float, delta: float) -> float:
@@ -68,4 +69,8 @@ def locally_private(
         metrics = metrics._replace(extra={**metrics.extra, "clipped": clipped})
         return Message(pytree.tree_unflatten(noisy, structure), weight, bits), client, metrics
 
-    return algorithm._replace(client_update=client_update)
+    def expect(server: Any, payload: Tree) -> Any:
+        warn_of_numbers(payload)
+        return algorithm.expect(server, payload) if algorithm.expect else server
+
+    return algorithm._replace(client_update=client_update, expect=expect)

@@ -95,8 +95,15 @@ class Privacy:
             for name in names:
                 if self.mechanism != mechanism and getattr(self, name) != getattr(Privacy, name):
                     raise UsageError(f"{flag(name)} belongs to --mechanism {mechanism}, not {self.mechanism}")
-        if self.count_noise is not None and self.adaptive_clip_quantile is None:
-            raise UsageError("--count-noise belongs to an adaptive norm; give --adaptive-clip-quantile, too")
+        if self.delta is not None and not any(getattr(self, n) for n in noises):
+            raise UsageError("--delta asks for ε, which is infinite without noise; give --noise-multiplier or "
+                             "--target-epsilon, or leave it out")  # fmt: skip
+        for name in ("adaptive_clip_lr", "count_noise"):
+            if getattr(self, name) != getattr(Privacy, name) and self.adaptive_clip_quantile is None:
+                raise UsageError(f"{flag(name)} belongs to an adaptive norm; give --adaptive-clip-quantile, too")
+        for name, needed in (("accountant", "delta"), ("min_weight", "max_weight")):
+            if getattr(self, name) != getattr(Privacy, name) and getattr(self, needed) is None:
+                raise UsageError(f"{flag(name)} needs {flag(needed)}, without which it has no effect")
         if self.max_weight is not None and self.min_weight > self.max_weight:
             raise UsageError(f"--min-weight {self.min_weight:g} is above --max-weight {self.max_weight:g}")
         if self.example_noise and self.example_clip is None:
@@ -113,12 +120,18 @@ class Privacy:
         """The algorithm with the privacy of its clients; itself without --clip.
 
         Raises UsageError where the model has buffers, where ε is asked for and the sampler or the algorithm is not what
-        the accountant assumes, and where dp-accounting is missing.
+        the accountant assumes, where dp-accounting is missing, and for --example-clip and a task without it.
         """
+        if self.example_clip is not None and not task.private:
+            raise UsageError("--example-clip changes the task's gradients: build the algorithm from the task that "
+                             "Privacy.gradients returns, and play with it")  # fmt: skip
         if self.clip is None:
             return algorithm
         refuse_buffers(task)
         name = parse(context.sampling).name
+        if ".." in str(context.clients_per_round):
+            raise UsageError("the noise and its accounting need one number of clients a round, not "
+                             f"{context.clients_per_round}")  # fmt: skip
         if name in ("replacement", "weighted"):
             raise UsageError(f"--sampling {name} lets a client count more than once, so that clipping does not bound "
                              "what it changes; use --sampling poisson, uniform or fixed")  # fmt: skip
