@@ -121,6 +121,16 @@ def test_a_client_takes_part_in_more_rounds_than_ftrl_assumes_at_most_with_half_
     assert more_than(k) <= 5e-4 < more_than(k - 1)
 
 
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_what_is_replaced_is_as_hard_to_tell_apart_as_half_the_noise_makes_it(accountant):
+    """Two messages, or two examples' gradients, of norm up to C differ by up to 2C; T noisy ones are one with z/√T."""
+    plan = Plan(1, 1.0, DELTA, accountant, replaced=True)
+    whole = dp_accounting.get_epsilon_gaussian(9.0 / 2 / math.sqrt(20), DELTA)
+    assert epsilon(plan, 9.0, 20) == pytest.approx(whole, rel=1e-12 if accountant == "pld" else 0.1)
+    assert epsilon(plan, 9.0, 20) >= whole * (1 - 1e-12)
+    assert 1.98 <= epsilon(plan, solve_noise_multiplier(plan, 2.0, 20), 20) <= 2
+
+
 @pytest.mark.parametrize(
     "plan",
     [
@@ -223,7 +233,8 @@ def test_a_run_reports_what_its_rounds_have_spent(mechanism):
     how = {"clients_per_round": 4, "sampling": "poisson", "seed": 3}
     found = run(wrapped, task, federated(), 7, **how)["metric.epsilon"]
     rate, tree_of_noise = 1.0 if mechanism == "local" else 0.5, mechanism == "ftrl"
-    wanted = epsilons(Plan(N, rate, 1e-3, "rdp", tree=tree_of_noise), 3.0, [1, 2, 3, 4, 5])
+    plan = Plan(N, rate, 1e-3, "rdp", tree=tree_of_noise, replaced=mechanism == "local")
+    wanted = epsilons(plan, 3.0, [1, 2, 3, 4, 5])
     np.testing.assert_allclose(found[:5], wanted, rtol=1e-12)
     assert (found[5:] == math.inf).all(), "more rounds than were announced"
 
@@ -254,7 +265,9 @@ def test_a_local_message_epsilon_is_flutes_formula():
     plan = options.plan(Context(N, 4, "uniform", 5))
     z = options.multiplier(plan, 5)
     assert z == pytest.approx(math.sqrt(2 * math.log(1.25e5)) / 0.5, rel=1e-12)
-    assert epsilon(plan, z, 1) < 0.5, "the classical formula is on the safe side below 1"
+    against_none = dp_accounting.get_epsilon_gaussian(z, 1e-5)
+    assert against_none < 0.5, "the classical formula is on the safe side below 1"
+    assert against_none < epsilon(plan, z, 1) < 2 * 0.5, "two messages may lie twice as far apart"
 
 
 def test_without_delta_nothing_is_accounted_and_the_library_is_not_needed(monkeypatch):

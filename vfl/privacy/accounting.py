@@ -30,6 +30,8 @@ class Plan(NamedTuple):
     """What an accountant must know about a run, but for the noise.
 
     Neighbours are two populations of which one has a client more (for uniform sampling: of which one client differs).
+    A plan may also be that of one client's messages (local), with neighbours that differ in one of its data sets for
+    another, or of the minibatches of its training (DP-SGD), with one example for another: `replaced`.
     """
 
     population: int  # N
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     accountant: Accountant = "pld"
     fixed_size: bool = False  # cohorts of one size without replacement, in place of Poisson's
     tree: bool = False  # DP-FTRL: the noise is a tree's, and sampling does not amplify
+    replaced: bool = False  # without sampling, neighbours' sums differ by twice the norm: another comes in one's place
 
     @property
     def cohort(self) -> float:
@@ -58,7 +61,7 @@ class Plan(NamedTuple):
             # A client is in at most depth nodes of the tree a time, so k times change all their sums by k √depth.
             k, delta = self.participations(rounds)
             return k * math.sqrt(rounds.bit_length()), delta
-        return (math.sqrt(rounds), self.delta) if self.rate == 1 else None
+        return (math.sqrt(rounds) * (2 if self.replaced else 1), self.delta) if self.rate == 1 else None
 
 
 def make_plan(

@@ -3,7 +3,8 @@
 The payload is brought to a norm S, the weight into [w_min, w_max], and both get noise N(0, σ²), σ = zΔ, where
 Δ² = S² + w_max²: the most that the message can differ from no message at all. FLUTE's z = √(2 ln(1.25/δ)) / ε is the
 classical calibration (Dwork & Roth 2014, Theorem A.1), proven for ε ≤ 1. Two messages can differ by 2Δ, so they are
-as hard to tell apart as z/2 makes them.
+as hard to tell apart as z/2 makes them: that is the ε which is accounted (`Plan.replaced`), toward a server that sees
+who sends.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Privacy:
     target_epsilon: float | None = None
     """Solve for the noise with which the whole run has this ε, in place of --noise-multiplier."""
     delta: float | None = None
-    """δ; where given, ε is reported round by round as the metric epsilon."""
+    """δ; where given, ε is reported round by round as the metric epsilon: of a client more or less, or, where cohorts
+    are of one size and where noise is local, of another client's data in its place."""
     accountant: Accountant = "pld"
     """How ε is computed: pld (privacy loss distributions: tight) or rdp (Rényi: for --sampling uniform, too)."""
     adaptive_clip_quantile: float | None = None
@@ -46,7 +47,8 @@ class Privacy:
     tree_estimator: Estimator = "honaker"
     """How ftrl estimates its prefix sums: honaker (from the whole subtree: less noise) or binary."""
     message_epsilon: float | None = None
-    """ε of a single message, σ = √(2 ln(1.25/δ))·Δ/ε, in place of --noise-multiplier (local)."""
+    """ε of a single message against none, σ = √(2 ln(1.25/δ))·Δ/ε as in FLUTE, in place of --noise-multiplier
+    (local)."""
     scale_messages: bool = False
     """Scale shorter messages up to the norm, too (local)."""
     max_weight: float | None = None
@@ -150,7 +152,7 @@ class Privacy:
         if self.delta is None:
             raise UsageError("accounting needs --delta, such as one over ten times the number of clients")
         if self.mechanism == "local":  # at most in every round, where the server sees whose message it is
-            return Plan(context.population, 1.0, self.delta, self.accountant)
+            return Plan(context.population, 1.0, self.delta, self.accountant, replaced=True)
         tree = self.mechanism == "ftrl"
         return make_plan(
             context.sampling, context.clients_per_round, context.population, self.delta, self.accountant, tree
