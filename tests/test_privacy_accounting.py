@@ -366,7 +366,7 @@ def test_clipped_examples_without_the_task_that_clips_them_are_refused():
 
 
 def test_a_range_of_cohort_sizes_is_refused():
-    with pytest.raises(vfl.UsageError, match=r"one number of clients a round, not 2\.\.5"):
+    with pytest.raises(vfl.UsageError, match=r"2\.\.5 is a range, and here it takes one number"):
         Privacy(clip=1).wrap(FedAvg().build(mlp(), N), mlp(), Context(N, "2..5", "uniform", 3))
 
 

@@ -47,6 +47,8 @@ def cohort_rate(amount: Amount, population: int) -> float:
 def _amount(amount: Amount, population: int) -> int | float:
     """A count (int) from 1 to the population, or a share (float) in (0, 1]."""
     text = str(amount).strip()
+    if ".." in text:
+        raise UsageError(f"clients-per-round {text} is a range, and here it takes one number of clients a round")
     try:
         if text == "all":
             return population

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vfl.base import Algorithm, Mean, idled, nested
 from vfl.errors import UsageError, unknown
-from vfl.samplers import Amount, cohort_rate, cohort_size
+from vfl.samplers import SAMPLERS, Amount, cohort_rate, cohort_size
 from vfl.spec import parse
 
 Accountant = Literal["pld", "rdp"]
@@ -81,6 +81,8 @@ def make_plan(
         return Plan(population, cohort_rate(clients_per_round, population), delta, accountant, False, tree)
     if name == "fixed":
         return Plan(population, 1.0, delta, accountant, False, tree)
+    if name not in SAMPLERS:
+        raise unknown("sampler", name, SAMPLERS)
     if name != "uniform":
         raise UsageError(f"no accountant knows --sampling {name}; use --sampling poisson")
     rate = cohort_size(clients_per_round, population) / population

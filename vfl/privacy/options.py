@@ -131,9 +131,6 @@ class Privacy:
             return algorithm
         refuse_buffers(task)
         name = parse(context.sampling).name
-        if ".." in str(context.clients_per_round):
-            raise UsageError("the noise and its accounting need one number of clients a round, not "
-                             f"{context.clients_per_round}")  # fmt: skip
         if name in ("replacement", "weighted"):
             raise UsageError(f"--sampling {name} lets a client count more than once, so that clipping does not bound "
                              "what it changes; use --sampling poisson, uniform or fixed")  # fmt: skip
