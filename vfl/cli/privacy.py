@@ -128,8 +128,8 @@ class PrivacyCommand:
             pairs["rounds of a client"] = f"at most {k:,}, {sure}"
         if self.mechanism == "examples":
             pairs["minibatches"] = f"{times} a round that hold the example; their order is not taken to hide it"
-        whose = "examples" if self.mechanism == "examples" else "clients"
-        section(console, f"{self.mechanism} differential privacy of {whose}", facts(pairs))
+        whose = "single examples" if self.mechanism == "examples" else f"clients ({self.mechanism})"
+        section(console, f"differential privacy of {whose}", facts(pairs))
         rows = table(">rounds", ">ε")
         for t, value in zip(shown, spent, strict=True):
             rows.add_row(f"{t:,}", f"{value:.4f}")
