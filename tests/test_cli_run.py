@@ -490,6 +490,7 @@ BAD = [
     ("fedavg --corrupt-labels 1.1", "--corrupt-labels is a fraction from 0 to 1, not 1.1"),
     ("fedavg --chunk 0", "chunk must be 'auto' or a whole number of clients from 1, not '0'"),
     ("fedavg --chunk many", "chunk must be 'auto' or a whole number of clients from 1, not 'many'"),
+    ("fedavg --fine-tune-steps 2", "--fine-tune-steps is for what --client-eval-every evaluates, which is 0"),
     # choices
     ("fedavg --execution lop", "invalid choice 'lop' for argument '--execution'; expected one of 'auto', 'vmap', "),
     ("fedavg --dtype float16", "invalid choice 'float16' for argument '--dtype'; expected one of 'float32', 'float64'"),

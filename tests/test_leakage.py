@@ -211,6 +211,8 @@ def test_models_and_data_that_cannot_be_measured_are_refused() -> None:
         ({"leakage": "dropp"}, "unknown leakage 'dropp'; did you mean 'drop'?"),
         ({"leakage": "drop"}, "leakage drop needs a bound: leakage-bound or leakage-words"),
         ({"leakage": "reweight"}, "leakage reweight needs a bound"),
+        ({"leakage_bound": 1.0}, "does nothing with leakage none; give measure, drop or reweight"),
+        ({"leakage_words": 0.5}, "does nothing with leakage none"),
         ({"leakage_bound": -1.0}, "leakage-bound is a practical epsilon from 0, not -1.0"),
         ({"leakage_words": 1.5}, "leakage-words is a share from 0 to 1, not 1.5"),
         ({"leakage_lr": 0.0}, "leakage-lr must be a finite number > 0, not 0.0"),

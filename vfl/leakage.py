@@ -92,6 +92,9 @@ class Leakage:
         if not (self.leakage_lr > 0 and math.isfinite(self.leakage_lr)):
             raise UsageError(f"leakage-lr must be a finite number > 0, not {self.leakage_lr}")
         bounds = (self.leakage_bound, self.leakage_words)
+        if self.leakage == "none" and bounds != (None, None):
+            raise UsageError("a leakage-bound or leakage-words does nothing with leakage none; give measure, drop or "
+                             "reweight")  # fmt: skip
         if self.leakage in ("drop", "reweight") and bounds == (None, None):
             raise UsageError(f"leakage {self.leakage} needs a bound: leakage-bound or leakage-words")
 

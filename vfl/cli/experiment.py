@@ -57,6 +57,8 @@ def experiment(call: Call, device: torch.device, ranks: Ranks) -> Experiment:
     if options.step_size == "theory":
         call = _by_theory(call, learning, data)
     plateau = call.groups["plateau"]
+    if call.groups["fine_tuning"].fine_tune_steps and not options.client_eval_every:
+        raise UsageError("--fine-tune-steps is for what --client-eval-every evaluates, which is 0: never; give it, too")
     learning = call.groups["privacy"].gradients(learning)
     replicas, x = options.replication(), learning.x
     if replicas is not None:  # each has a model of its own seed
