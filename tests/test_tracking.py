@@ -51,13 +51,17 @@ class FakeMlflow:
         self.experiments[name] = name
         return name
 
+    def get_run(self, run: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(params=dict(self.params)))
+
     def create_run(self, experiment: str, run_name: str) -> Any:
         self.names.append(f"{experiment}/{run_name}")
         return SimpleNamespace(info=SimpleNamespace(run_id=f"run{len(self.names)}"))
 
     def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
         assert len(params) <= 100
-        self.params |= dict(params)
+        for name, value in params:
+            assert self.params.setdefault(name, value) == value, "MLflow refuses to change a parameter"
         self.metrics += [(run, name, value, step) for name, value, _, step in metrics]
 
     def update_run(self, run: str, status: str) -> None:
@@ -74,6 +78,9 @@ class FakeWandb:
         self.inits: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.codes: list[int] = []
+
+    def Settings(self, **given: Any) -> dict[str, Any]:  # noqa: N802
+        return given
 
     def init(self, **given: Any) -> "FakeWandb":
         self.inits.append(given)
@@ -152,9 +159,11 @@ def test_a_run_that_azure_gives_is_used_and_not_ended(
     mlflow, _ = fakes
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "azureml://here")
     monkeypatch.setenv("MLFLOW_RUN_ID", "theirs")
+    mlflow.params = {"seed": "3.0"}  # as a sweep wrote what it chose
     played("mlflow", tmp_path, [1])
     assert mlflow.uris == ["azureml://here"] and not mlflow.names and not mlflow.status
-    assert {run for run, *_ in mlflow.metrics} == {"theirs"} and mlflow.params["seed"] == "3"
+    assert {run for run, *_ in mlflow.metrics} == {"theirs"}
+    assert mlflow.params["seed"] == "3.0" and mlflow.params["data"] == "digits"
 
 
 def test_wandb_is_offline_unless_the_environment_says_otherwise(
@@ -165,6 +174,7 @@ def test_wandb_is_offline_unless_the_environment_says_otherwise(
     monkeypatch.setenv("WANDB_MODE", "online")
     played("wandb", tmp_path, [2])
     assert [given["mode"] for given in wandb.inits] == ["offline", "online"]
+    assert [given["settings"]["silent"] for given in wandb.inits] == [True, False]
     assert wandb.inits[0]["config"] == CONFIG and wandb.inits[0]["dir"] == str(tmp_path)
     assert [step for step, _ in wandb.logged] == [1, 2]
     assert wandb.logged[0][1].keys() == {"train_loss", "clients", "test_loss"}

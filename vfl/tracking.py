@@ -36,14 +36,8 @@ def trackers(spec: str, folder: Path, config: Mapping[str, Any]) -> Iterator[Tra
     the same one. `config` is recorded with it. Numbers are tracked, texts and lists are not. Raises UsageError for an
     unknown name, one given twice, and a library that is missing.
     """
-    names = [name.strip() for name in spec.split(",")] if spec.strip() else []
-    for n, name in enumerate(names):
-        if name not in TRACKERS:
-            raise unknown("tracker", name, TRACKERS)
-        if name in names[:n]:
-            raise UsageError(f"trackers {spec!r} names {name} twice; write it once")
     with contextlib.ExitStack() as stack:
-        tracks = [stack.enter_context(TRACKERS[name](folder, config)) for name in names]
+        tracks = [stack.enter_context(TRACKERS[name](folder, config)) for name in tracker_names(spec)]
 
         def track(metrics: Mapping[str, Any]) -> None:
             for each in tracks:
@@ -52,10 +46,23 @@ def trackers(spec: str, folder: Path, config: Mapping[str, Any]) -> Iterator[Tra
         yield track
 
 
+def tracker_names(spec: str) -> list[str]:
+    """The trackers that `tensorboard,mlflow` names, whose libraries are there; raises UsageError as `trackers` does."""
+    names = [name.strip() for name in spec.split(",")] if spec.strip() else []
+    for n, name in enumerate(names):
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if name in names[:n]:
+            raise UsageError(f"trackers {spec!r} names {name} twice; write it once")
+    for name in names:
+        _library(name)
+    return names
+
+
 @contextlib.contextmanager
 def tensorboard(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
     """TensorBoard's event files in FOLDER/tensorboard: `tensorboard --logdir runs` shows the runs together."""
-    SummaryWriter = _library("tensorboard", "torch.utils.tensorboard").SummaryWriter
+    SummaryWriter = _library("tensorboard").SummaryWriter
     written: list[Any] = []
 
     def track(metrics: Mapping[str, Any]) -> None:
@@ -75,7 +82,7 @@ def tensorboard(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
 @contextlib.contextmanager
 def mlflow(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
     """An MLflow run, in FOLDER/mlflow unless MLFLOW_TRACKING_URI names a server; in an Azure ML job, the job's own."""
-    library = _library("mlflow", "mlflow")
+    library = _library("mlflow")
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").absolute().as_uri()
     with _setting("MLFLOW_ALLOW_FILE_STORE", "true"):  # newer versions ask whether files are meant
         client = library.MlflowClient(uri)
@@ -83,7 +90,11 @@ def mlflow(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
         if mine is None or given not in (None, mine):
             mine = given or _new_run(client, folder.name)
             _remember(folder, "mlflow", mine)
-            parameters = [library.entities.Param(name, str(value)[:_LONGEST]) for name, value in config.items()]
+            # A sweep may have said its choices already, and MLflow refuses another text for the same parameter.
+            said = client.get_run(mine).data.params if given else {}
+            parameters = [
+                library.entities.Param(name, str(value)[:_LONGEST]) for name, value in config.items() if name not in said
+            ]
             for first in range(0, len(parameters), _MOST):
                 client.log_batch(mine, params=parameters[first : first + _MOST])
         elif not given:
@@ -114,9 +125,10 @@ def _new_run(client: Any, name: str) -> str:
 @contextlib.contextmanager
 def wandb(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
     """A Weights & Biases run, in FOLDER/wandb for `wandb sync` to send later; WANDB_MODE=online sends it at once."""
-    library = _library("wandb", "wandb")
+    library = _library("wandb")
     mine = _remembered(folder, "wandb") or secrets.token_hex(4)
     _remember(folder, "wandb", mine)
+    mode = os.environ.get("WANDB_MODE", "offline")
     run = library.init(
         project=os.environ.get("WANDB_PROJECT", "vfl"),
         name=folder.name,
@@ -124,7 +136,9 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
         resume="allow",
         dir=str(folder),
         config=dict(config),
-        mode=os.environ.get("WANDB_MODE", "offline"),
+        mode=mode,
+        # It would copy what the terminal shows, and write into a display that stays in place.
+        settings=library.Settings(console="off", silent=mode == "offline"),
     )
     code = 1
     try:
@@ -142,9 +156,10 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], AbstractContextManager[T
 """The trackers by name; each is an extra, `pip install vfl[NAME]`."""
 
 
-def _library(extra: str, module: str) -> Any:
+def _library(extra: str) -> Any:
+    """The module that a tracker needs."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("torch.utils.tensorboard" if extra == "tensorboard" else extra)
     except ImportError as error:
         raise UsageError(f"tracking with {extra} needs its library ({error}); run `pip install vfl[{extra}]`") from None
 

@@ -33,7 +33,7 @@ from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import play, scheduled
 from vfl.stopping import Stopping, agreed
 from vfl.terminal import number as shown
-from vfl.tracking import trackers
+from vfl.tracking import tracker_names, trackers
 
 log = logging.getLogger("vfl")
 
@@ -43,6 +43,8 @@ _SAID = ("test", "")  # the splits whose scores a run ends with: the test set, a
 def run(argv: Sequence[str]) -> int:
     """Runs the experiment that the arguments after `vfl run` describe; the exit code."""
     call = parse_run(argv)
+    if int(os.environ.get("RANK", "0")) == 0:  # the one that tracks; said before there is a folder
+        tracker_names(call.options.track or "")
     count = rank_count(call.options.wanted_ranks(), call.options.device)
     if count > 1:
         return launch(argv, count)
