@@ -431,6 +431,7 @@ BAD = [
     ("fedvg", "unknown algorithm 'fedvg'; did you mean 'fedavg'?"),
     ("", "vfl run needs an algorithm"),
     ("--rounds 3", "vfl run needs an algorithm"),
+    ("fedavg --patience 3", "validation_loss is to judge this run but is never measured"),
     ("fedavg --track tensorbord", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
     ("fedavg --data digit", "unknown data set 'digit'; did you mean 'digits'?"),
     ("fedavg --data synthetic:foo=1", "which has no 'foo'"),

@@ -15,7 +15,7 @@ import vfl
 from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.marina import Marina
 from algorithms.scaffold import Scaffold
-from vfl import checkpoint, random, runs
+from vfl import checkpoint, judging, random, runs
 from vfl.data.container import Examples
 from vfl.delays import Delays
 from vfl.plateau import Plateau
@@ -220,6 +220,41 @@ def test_directions_are_known_where_they_can_be():
     assert criterion("validation_loss") == ("validation_loss", True)
     assert criterion("grad_norm") == ("grad_norm", True)
     assert criterion("validation_loss:max") == ("validation_loss", False)
+    assert criterion("client_test_accuracy_mean") == ("client_test_accuracy_mean", False)
+    assert criterion("personal_train_loss_worst") == ("personal_train_loss_worst", True)
+    for name in ("test_perplexity", "client_test_loss_std", "train_accuracy_std", "bits_up"):
+        with pytest.raises(vfl.UsageError, match="say whether lower or higher is better"):
+            criterion(name)
+
+
+@pytest.mark.parametrize(
+    ("judge", "when"),
+    [
+        (Stopping(patience=2), {}),  # there is no validation set
+        (Stopping(best_by="test_accuracy"), {"every": 0}),
+        (Stopping(stop_at="test_f1:max=1"), {}),
+        (Stopping(best_by="client_test_loss_mean"), {"clients_every": 1}),  # nothing was held out
+        (Stopping(best_by="grad_norm"), {}),
+        (Plateau(plateau_patience=1, fall_back=True), {"validation_every": 1}),
+    ],
+)
+def test_a_judge_that_is_never_measured_is_refused_before_the_first_round(judge, when):
+    judge = {"stopping" if isinstance(judge, Stopping) else "plateau": judge}
+    with pytest.raises(vfl.UsageError, match=r"is never measured: what is evaluated is (\w+_|nothing)"):
+        vfl.simulate(FedAvg(), regression(), federated(), 1, evaluation=vfl.Evaluation(**when), **judge, **OPTIONS)
+
+
+def test_what_is_evaluated_may_judge_and_what_no_round_brings_is_warned_of_once(caplog):
+    when = vfl.Evaluation(2, clients_every=2, metrics=("grad_norm",))
+    for name in ("test_accuracy", "client_train_loss_mean", "grad_norm", "client_bits_up:min", "train_loss"):
+        stopping = Stopping(best_by=name)
+        _, history = vfl.simulate(FedAvg(), regression(), federated(), 2, evaluation=when, stopping=stopping, **OPTIONS)
+        scheduled = judging.scheduled(history[-1], when)
+        assert stopping.after(Standing(), scheduled).round == 2 and not caplog.records
+    vfl.simulate(FedAvg(), regression(), federated(), 2, stopping=Stopping(stop_at="acuracy:max=1"), **OPTIONS)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "round 1 has no metric 'acuracy', by which this run is judged"
+    ]
 
 
 # Plateaus
@@ -330,12 +365,14 @@ def test_a_plateau_that_never_comes_changes_nothing():
     config = FedAvg()
     assert Plateau().configure(config) is config
     plain = run(config, mlp(), federated(), 4, **OPTIONS)
-    patient = run(config, mlp(), federated(), 4, plateau=Plateau(plateau_patience=99), **OPTIONS)
+    patient = run(
+        config, mlp(), federated(), 4, plateau=Plateau(plateau_patience=99, plateau_metric="train_loss"), **OPTIONS
+    )
     np.testing.assert_array_equal(patient["server.inner.inner.x"], plain["server.x"])
 
 
 def test_an_algorithm_that_asks_everyone_still_does_so_with_a_plateau():
-    plateau = Plateau(plateau_patience=99)
+    plateau = Plateau(plateau_patience=99, plateau_metric="train_loss")
     options = OPTIONS | {"execution": "vmap", "batch_size": None, "local_steps": 1}
     plain = run(Marina(compressor="rand_k:0.5"), mlp(), federated(), 5, **options)
     found = run(Marina(compressor="rand_k:0.5"), mlp(), federated(), 5, plateau=plateau, **options)
@@ -360,7 +397,7 @@ def test_a_plateau_without_meaning_is_refused_in_one_sentence(options, sentence)
 
 
 def test_a_plateau_is_for_one_run_of_an_algorithms_options():
-    plateau = Plateau(plateau_patience=1)
+    plateau = Plateau(plateau_patience=1, plateau_metric="train_loss")
     with pytest.raises(vfl.UsageError, match="give these, not an Algorithm"):
         plateau.configure(FedAvg().build(mlp(), N))
     with pytest.raises(vfl.UsageError, match="step size of one run"):

@@ -76,6 +76,11 @@ class Plateau:
         if self.fall_back and not self.plateau_patience:
             raise UsageError("fall-back goes back when a metric stops improving: give plateau-patience, 1 at least")
 
+    @property
+    def judges(self) -> list[str]:
+        """The metrics that it looks at."""
+        return [criterion(self.plateau_metric).metric] if self.plateau_patience else []
+
     def configure(self, config: Algorithm | AlgorithmConfig) -> Algorithm | AlgorithmConfig:
         """The options of an algorithm whose step size this may lower; as they are when it never does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from vfl.data.container import FederatedData
 from vfl.distributed import Ranks
 from vfl.engine import Engine, RoundMetrics, State
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
+from vfl.judging import check_judges, scheduled, schedules
 from vfl.local import BatchSize, Draw, Reshuffle, Work
 from vfl.personal import evaluate_personal
 from vfl.plateau import Plateau
@@ -23,6 +25,8 @@ from vfl.stopping import Standing, Stopping
 from vfl.task import Task
 from vfl.training import AlgorithmConfig
 from vfl.wrappers import Context, Wrapper, wrapped
+
+log = logging.getLogger("vfl")
 
 
 class Result(NamedTuple):
@@ -148,6 +152,7 @@ def play(
     algorithm is built from the options that `plateau.configure` returns.
     """
     check_metrics(evaluation.metrics, engine.task)
+    unproven = check_judges([*stopping.judges, *plateau.judges], engine, evaluation)
     memory = Memory(engine.device)
     while state.round < rounds and stopping.reason(standing) is None:
         before = state.totals
@@ -179,6 +184,11 @@ def play(
             metrics = summarized(metrics, engine.replicas)
         state, judged = plateau.after(state, scheduled(metrics, evaluation))
         standing = stopping.after(standing, judged)
+        for name in unproven:
+            if name not in metrics:
+                there = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
+                log.warning(f"round {state.round} has no metric {name!r}, by which this run is judged; it has {there}")
+        unproven = []  # said once
         yield state, metrics | judged
         if asked:
             return
@@ -202,12 +212,8 @@ def scores(
 ) -> dict[str, float]:
     """The evaluation metrics that are due after this round."""
     x, found = state.server.x, {}
-    splits = {
-        "test": (data.test, when.every),
-        "validation": (data.validation, when.every if when.validation_every is None else when.validation_every),
-    }
-    for split, (examples, every) in splits.items():
-        if examples is not None and _due(every, state, last):
+    for split, examples in (("test", data.test), ("validation", data.validation)):
+        if examples is not None and _due(schedules(when)[split], state, last):
             values = evaluate(task, x, state.buffers, examples, data.transform, ranks)
             found |= {f"{split}_{name}": value for name, value in values.items()}
     if when.metrics and _due(when.every, state, last):
@@ -230,21 +236,6 @@ def personal_scores(engine: Engine, state: State, when: Evaluation, last: bool) 
         for name, values in evaluate_personal(engine, state).items()
         for part, value in values._asdict().items()
     }
-
-
-def scheduled(metrics: RoundMetrics, when: Evaluation) -> RoundMetrics:
-    """A round's metrics without those that were measured because the run ended there, or was interrupted.
-
-    Nothing may be judged by these: an interrupted run would then go on otherwise than an uninterrupted one.
-    """
-    of_split = {"validation": when.every if when.validation_every is None else when.validation_every,
-                "test": when.every, "client": when.clients_every, "personal": when.clients_every}  # fmt: skip
-
-    def due(name: str) -> bool:
-        every = when.every if name in when.metrics else of_split.get(name.partition("_")[0], 1)
-        return every > 0 and metrics["round"] % every == 0
-
-    return {name: value for name, value in metrics.items() if due(name)}
 
 
 def _due(every: int, state: State, last: bool) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,8 +16,12 @@ import torch
 
 from vfl.distributed import Ranks
 from vfl.errors import UsageError
-from vfl.plots import score
+from vfl.evaluation import OBJECTIVE
 
+# Of a model's own evaluation or its spread over the clients; whoever adds a metric says what is better.
+_KNOWN = re.compile(
+    r"(?:train|test|validation)_(loss|accuracy)|(?:client|personal)_(?:train|test)_(loss|accuracy)_(?:mean|p10|worst)"
+)
 _OF_THE_MACHINE = frozenset({"seconds", "memory", "chunk", "execution", "round", "replicas"})
 
 
@@ -34,7 +39,7 @@ class Criterion(NamedTuple):
 
 
 def criterion(text: str) -> Criterion:
-    """`test_accuracy`, whose direction is known, or any metric with its own: `arrived:max`, `bits_up:min`.
+    """`test_accuracy`, whose direction is known, or any metric with its own: `arrived:max`, `test_perplexity:min`.
 
     Raises UsageError for a metric whose direction is neither known nor given, and for one that differs between ranks
     or machines, as times do.
@@ -44,10 +49,10 @@ def criterion(text: str) -> Criterion:
         raise UsageError(f"{name or 'nothing'!r} cannot judge a model: name a metric of the run, such as test_accuracy")
     if colon and direction not in ("min", "max"):
         raise UsageError(f"metric {text!r}: after the colon comes min or max, not {direction!r}")
-    known = score(name)
-    if not colon and known is None:
+    known = _KNOWN.fullmatch(name)
+    if not colon and known is None and name not in OBJECTIVE:
         raise UsageError(f"metric {name!r}: say whether lower or higher is better, as {name}:min or {name}:max")
-    return Criterion(name, direction == "min" if colon or known is None else known.low)
+    return Criterion(name, direction == "min" if colon else known is None or "loss" in known.groups())
 
 
 class Target(NamedTuple):
@@ -113,6 +118,12 @@ class Stopping:
         if self.best_by is None and self.patience is None:
             return None
         return criterion(self.best_by or "validation_loss")
+
+    @property
+    def judges(self) -> list[str]:
+        """The metrics that it looks at."""
+        found = [] if self.criterion is None else [self.criterion.metric]
+        return found if self.stop_at is None else [*found, target(self.stop_at).of.metric]
 
     def standing(self, history: Iterable[Mapping[str, Any]] = ()) -> Standing:
         """How a run of these rounds stands."""

@@ -92,9 +92,8 @@ def mlflow(folder: Path, config: Mapping[str, Any]) -> Iterator[Track]:
             _remember(folder, "mlflow", mine)
             # A sweep may have said its choices already, and MLflow refuses another text for the same parameter.
             said = client.get_run(mine).data.params if given else {}
-            parameters = [
-                library.entities.Param(name, str(value)[:_LONGEST]) for name, value in config.items() if name not in said
-            ]
+            told = {name: str(value)[:_LONGEST] for name, value in config.items() if name not in said}
+            parameters = [library.entities.Param(name, value) for name, value in told.items()]
             for first in range(0, len(parameters), _MOST):
                 client.log_batch(mine, params=parameters[first : first + _MOST])
         elif not given:

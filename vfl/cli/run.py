@@ -26,11 +26,13 @@ from vfl.distributed import Ranks, launched, local_device
 from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import check_metrics
+from vfl.judging import check_judges, scheduled
+from vfl.plateau import Plateau
 from vfl.plots import score
 from vfl.precision import tf32
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
-from vfl.simulate import play, scheduled
+from vfl.simulate import play
 from vfl.stopping import Stopping, agreed
 from vfl.terminal import number as shown
 from vfl.tracking import tracker_names, trackers
@@ -57,10 +59,12 @@ def run(argv: Sequence[str]) -> int:
 def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     call, learning, data, engine, start = experiment(call, device, ranks)
     options, when = call.options, evaluation(call.options)
+    stopping: Stopping = call.groups["stopping"]
+    plateau: Plateau = call.groups["plateau"]
     check_metrics(when.metrics, learning)
+    check_judges([*stopping.judges, *plateau.judges], engine, when)
     folder, start = _open(call, start, device, ranks)
     state = start
-    stopping: Stopping = call.groups["stopping"]
     before = runs.read_metrics(folder) if ranks.first and start.round else []
     judged = (scheduled(row, when) for row in before if row["round"] <= start.round)
     standing = agreed(stopping.standing(judged), ranks, device)
@@ -92,7 +96,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
             log.warning("going on from round %d of %s", start.round, folder)
         try:
             for state, metrics in play(
-                engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=call.groups["plateau"],
+                engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=plateau,
                 stop=lambda: bool(signalled()), standing=standing,
             ):  # fmt: skip
                 record(metrics)
