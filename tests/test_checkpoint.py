@@ -268,6 +268,33 @@ def test_options_that_change_no_result_may_change_on_the_way(here):
     assert_same_run(parts, whole, 1e-9)
 
 
+def test_the_best_model_and_an_early_stop_are_those_of_an_uninterrupted_run(here, capsys):
+    judged = ("--best-by", "test_loss", "--patience", "2", "--local-lr", "2", "--keep", "50", "--checkpoint-every", "1")
+    assert vfl("fedavg", *SMALL, *judged, "--rounds", 50, "--out", "whole") == 0
+    losses = [row["test_loss"] for row in metrics(here / "whole")]
+    best = losses.index(min(losses)) + 1
+    assert 1 < best < len(losses) == best + 2, "it stops two rounds after its best one"
+    said = capsys.readouterr().out
+    assert f"stopped early: no better test_loss in 2 measurements (best: {min(losses):g} of round {best})" in said
+    assert f"best   test loss {min(losses):.4f} in round {best}: whole/best.safetensors" in said
+    wanted = tensors(here / "whole" / "best.safetensors")
+    state = tensors(here / "whole" / "checkpoints" / f"round-{best:08d}.safetensors")
+    assert torch.equal(torch.cat([t.reshape(-1) for t in wanted.values()]).sort()[0], state["server.x"].sort()[0])
+    # Killed after a round whose checkpoint was not written, the best one or the one after it.
+    for done in (best - 1, best, best + 1):
+        shutil.rmtree(here / "parts", ignore_errors=True)
+        shutil.copytree(here / "whole", here / "parts")
+        for path in checkpoint.every(here / "parts"):
+            if checkpoint.round_of(path) > done:
+                path.unlink()
+        assert vfl("--resume", "--out", "parts") == 0
+        assert "was not kept" not in capsys.readouterr().out
+        assert_same_run(here / "parts", here / "whole")
+        assert all(torch.equal(t, wanted[n]) for n, t in tensors(here / "parts" / "best.safetensors").items())
+    assert vfl("--resume", "--out", "whole", "--best-by", "train_loss") == 0
+    assert "the best model by train_loss so far, that of round" in capsys.readouterr().out
+
+
 # --- signals ---
 
 

@@ -253,10 +253,13 @@ def test_show_says_what_a_run_without_rounds_has(tmp_path: Path, capsys: pytest.
 
 def test_show_counts_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", [row(1)])
+    (run / runs.BEST).write_bytes(b"x" * 300)
     for t in (50, 100):
         runs.write_atomically(run / runs.CHECKPOINTS / f"round-{t:08d}.safetensors", b"x" * 500)
     Show((run,)).run()
-    (saved,) = cells(capsys.readouterr().out, "files")["checkpoints/"]
+    files = cells(capsys.readouterr().out, "files")
+    assert files["best.safetensors"][0].strip() == "300 B"
+    (saved,) = files["checkpoints/"]
     assert saved.strip() == "1 kB, 2 of them, the newest of round 100"
 
 

@@ -62,7 +62,8 @@ def test_no_file_of_a_run_is_overwritten_unasked(name, tmp_path):
 def test_overwriting_takes_the_old_runs_files_and_no_others(tmp_path):
     runs.create(tmp_path, {"algorithm": "old"})
     (tmp_path / "checkpoints").mkdir()
-    old = ["metrics.jsonl", "model.safetensors", "curves.png", "checkpoints/round-00000005.safetensors"]
+    old = ["metrics.jsonl", "model.safetensors", "curves.png", "best.safetensors", "trace.json",
+           "checkpoints/round-00000005.safetensors"]  # fmt: skip
     for name in [*old, ".metrics.jsonl.1.tmp", "checkpoints/.round-00000009.safetensors.7.tmp", "notes.txt"]:
         (tmp_path / name).write_text("old")
     runs.create(tmp_path, CONFIG, overwrite=True)

@@ -49,7 +49,7 @@ def create(
             raise UsageError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
                              "or name another folder with --out")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        old = [folder / name for name in (METRICS, MODEL, BEST, CURVES, LAUNCH)]
+        old = [folder / name for name in (METRICS, MODEL, BEST, CURVES, TRACE, LAUNCH)]
         old += folder.glob(".*_id")  # by which trackers knew the run that was here
         for path in [*old, *(folder / CHECKPOINTS).glob("*.safetensors"), *_unfinished(folder)]:
             path.unlink(missing_ok=True)

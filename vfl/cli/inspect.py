@@ -160,7 +160,7 @@ def _scores(run: Run, width: int) -> Table:
 
 def _files(folder: Path) -> dict[str, str]:
     """What is there, with its size."""
-    names = (runs.CONFIG, runs.METRICS, runs.MODEL, runs.CURVES)
+    names = [name for name in runs.FILES if name != runs.CHECKPOINTS]
     facts = {n: si((folder / n).stat().st_size, "B") for n in names if (folder / n).exists()}
     if saved := every(folder):
         newest = int(saved[-1].stem.removeprefix("round-"))

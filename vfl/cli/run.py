@@ -33,7 +33,7 @@ from vfl.precision import tf32
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import play
-from vfl.stopping import Stopping, agreed
+from vfl.stopping import Standing, Stopping, agreed
 from vfl.terminal import number as shown
 from vfl.tracking import tracker_names, trackers
 
@@ -68,6 +68,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     before = runs.read_metrics(folder) if ranks.first and start.round else []
     judged = (scheduled(row, when) for row in before if row["round"] <= start.round)
     standing = agreed(stopping.standing(judged), ranks, device)
+    judge = stopping.criterion.metric if stopping.criterion else ""
     title = f"{call.name} on {data.name}, {data.clients.population:,} clients"
 
     def save() -> None:
@@ -76,9 +77,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     def say() -> None:
         log.warning("finishing this round, then saving; Ctrl-C again to stop now, without saving")
 
-    def write_model(name: str) -> None:
+    def write_model(name: str, **more: str) -> None:
         if ranks.first:
-            about = {"format": "pt", "model": options.model, "round": str(state.round)}
+            about = {"format": "pt", "model": options.model, "round": str(state.round), **more}
             runs.write_tensors(folder / name, learning.state_dict(state.server.x, state.buffers), about)
 
     def finish() -> None:
@@ -94,6 +95,9 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     ):
         if start.round:
             log.warning("going on from round %d of %s", start.round, folder)
+        if ranks.first and standing.best is not None and not _kept(folder, judge, standing.round):
+            log.warning("the best model by %s so far, that of round %d, was not kept; %s will hold the next better one",
+                        judge, standing.round, runs.BEST)  # fmt: skip
         try:
             for state, metrics in play(
                 engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=plateau,
@@ -104,7 +108,7 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
                 track(metrics)
                 standing = stopping.after(standing, scheduled(metrics, when))
                 if standing.round == state.round:
-                    write_model(runs.BEST)
+                    write_model(runs.BEST, best_by=judge)
                 step()
                 if options.checkpoint_every and state.round % options.checkpoint_every == 0:
                     save()
@@ -120,8 +124,15 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
     early = reason is None and state.round < options.rounds
     number = signalled() or (signal.SIGTERM if early else None)  # or another rank's signal
     if ranks.first:
-        _report(call, folder, state.round, reason)
+        _report(call, folder, state.round, reason, standing)
     return 128 + number if number else 0
+
+
+def _kept(folder: Path, judge: str, round: int) -> bool:
+    """Whether best.safetensors is the model of that round, by this metric, or of a later one, to be played again."""
+    path = folder / runs.BEST
+    about = runs.read_tensors(path)[1] if path.exists() else {}
+    return about.get("best_by") == judge and int(about["round"]) >= round
 
 
 def _open(call: Call, fresh: State, device: torch.device, ranks: Ranks) -> tuple[Path, State]:
@@ -186,8 +197,9 @@ def _score(name: str, value: float, std: float | None) -> str:
     return f"{name.replace('_', ' ')} {write(value)}" + ("" if std is None else f" ± {write(std)}")
 
 
-def _report(call: Call, folder: Path, done: int, reason: str | None) -> None:
+def _report(call: Call, folder: Path, done: int, reason: str | None, standing: Standing) -> None:
     """Draws the curves, and says how the run ended, for what `reason` if early, and where everything is."""
+    judge = call.groups["stopping"].criterion
     history, wanted = runs.read_metrics(folder), call.options.rounds
     try:
         from vfl.plots import learning_curves
@@ -210,5 +222,7 @@ def _report(call: Call, folder: Path, done: int, reason: str | None) -> None:
     ended, results = "interrupted" if interrupted else "done", ", ".join(parts) or "no test set"
     print(f"{ended} after round {done} of {wanted}: {results}; {seconds:.1f} s of training")
     print(f"run    {folder}\nplot   {plot}")
+    if judge is not None and standing.best is not None:
+        print(f"best   {_score(judge.metric, standing.best, None)} in round {standing.round}: {folder / runs.BEST}")
     if interrupted:
         print(f"go on  vfl run --resume --out {shlex.quote(str(folder))}")
