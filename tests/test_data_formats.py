@@ -89,7 +89,7 @@ def test_a_stream_of_a_json_file_is_what_the_whole_is(
         ("", "expected { at character 1, not the end"),
         ('{"users": ["a" "b"]}', "in users (ValueError: Expecting ',' delimiter at character 16)"),
         ('{"user_data": {"a": [1, 2], "b": [1, 2', "in user_data, after b (ValueError: Expecting ',' delimiter at"),
-        ('{"user_data": {"a": "endless}}', "in user_data, after a (ValueError: Unterminated string starting at at"),
+        ('{"user_data": {"a": "endless}}', "in user_data, after a (ValueError: Unterminated string at"),
         ('{"user_data": {"a": 1 "b": 2}}', "in user_data, after a (ValueError: expected , or } at character 23"),
         ('{"users": [1],}', 'in users (ValueError: expected " at character 15)'),
         ('{"users" [1]}', "(ValueError: expected : at character 10, not [)"),
@@ -173,7 +173,7 @@ def test_a_folder_whose_files_say_no_split_is_a_training_set(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="holds a test set alone; name its file to train on it"):
         load(f"flute:{tmp_path / 'data'}")
     assert len(load(f"flute:{tmp_path / 'data' / 'test.json'}").train.y) == 3
-    with pytest.raises(UsageError, match="holds no such file"):
+    with pytest.raises(UsageError, match="holds no file that ends in"):
         load(f"tff:{tmp_path / 'data'}")
     with pytest.raises(UsageError, match="there is no elsewhere, neither from here nor in"):
         load("flute:elsewhere")
@@ -198,6 +198,7 @@ def test_a_wrong_num_samples_is_reported_with_user_and_file(
     ("changes", "says"),
     [
         ({"users": None}, "it has no users"),
+        ({"users": ["ann", "böb", "nobody", "ann"], "num_samples": None}, "user ann stands twice among its users"),
         ({"num_samples": [1]}, "its users and num_samples are no two lists of one length"),
         ({"users": ["ann", "eve", "nobody"]}, "user eve has no inputs in user_data"),
         ({"users": ["ann", "böb"], "num_samples": [2, 1]}, "user nobody has data, but does not stand among its users"),
@@ -222,6 +223,21 @@ def test_a_broken_file_of_flutes_is_named_with_the_place(
     assert "\n" not in str(error.value)
 
 
+def test_a_mark_of_the_byte_order_before_json_is_none_of_it(tmp_path: Path) -> None:
+    path = flute(tmp_path / "a.json")
+    wanted = of(load(f"flute:{path}"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert of(load(f"flute:{path}")) == wanted
+
+
+def test_a_folder_without_such_files_and_files_without_examples_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"flute: .* holds no file that ends in \.json, .* or \.hdf5, \.h5; name"):
+        load(f"flute:{tmp_path}")
+    path = flute(tmp_path / "a.json", {"nobody": ([], [])})
+    with pytest.raises(UsageError, match=r"there is not an example in .*a\.json; name the files of one split"):
+        load(f"flute:{path}")
+
+
 def test_a_cut_or_a_foreign_hdf5_file_is_named(tmp_path: Path) -> None:
     path = flute(tmp_path / "a.hdf5")
     path.write_bytes(path.read_bytes()[:-400])
@@ -233,6 +249,12 @@ def test_a_cut_or_a_foreign_hdf5_file_is_named(tmp_path: Path) -> None:
     flute(tmp_path / "b.hdf5")
     with pytest.raises(UsageError, match=r"b\.hdf5 is damaged: it has no group examples"):
         load(f"tff:{tmp_path / 'b.hdf5'}")
+    places = {"flute": "user_data", "tff": "examples", "tff:": "examples/ann"}
+    for form, place in places.items():
+        with h5py.File(tmp_path / "c.h5", "w") as file:
+            file[place] = [1.0]
+        with pytest.raises(UsageError, match=rf"c\.h5 is damaged: its ({place} is no group|clients hold nothing)"):
+            load(f"{form.rstrip(':')}:{tmp_path / 'c.h5'}")
 
 
 def test_without_h5py_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +348,18 @@ def test_npz_has_its_users_sorted_or_not(tmp_path: Path) -> None:
     np.savez(tmp_path / "broken.npz", x_train=x, y_train=y[:3], u_train=u)
     with pytest.raises(UsageError, match=r"broken\.npz is damaged: .*x_train, y_train and u_train have 4, 3 and 4"):
         load(f"npz:{tmp_path / 'broken.npz'}")
+    for changed, says in (
+        ({"y_train": np.array(3)}, "unsized"),
+        ({"y_train": y - 1}, "y_train holds the label -1"),
+        ({"users": np.array(["a", "b"])}, "u_train must be places in users, from 0 to 1"),
+        ({"users": np.array(["a", "b", "c"]), "u_train": u - 1}, "u_train must be places in users, from 0 to 2"),
+    ):
+        np.savez(tmp_path / "broken.npz", **{"x_train": x, "y_train": y, "u_train": u} | changed)
+        with pytest.raises(UsageError, match=rf"broken\.npz is damaged: .*{says}"):
+            load(f"npz:{tmp_path / 'broken.npz'}")
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    with pytest.raises(UsageError, match=r"broken\.npz is damaged: .*it is not packed as one"):
+        load(f"npz:{tmp_path / 'broken.npz'}")
     np.savez(tmp_path / "less.npz", x_train=x)
     with pytest.raises(UsageError, match=r"less\.npz is damaged: it is no archive of x_train"):
         load(f"npz:{tmp_path / 'less.npz'}")
@@ -417,6 +451,10 @@ def test_another_layout_of_tffs_is_refused_with_what_it_holds(tmp_path: Path) ->
         load(f"tff:{path}")
     with pytest.raises(UsageError, match="its clients hold nothing"):
         load(f"tff:{tff_file(tmp_path / 'empty.h5', {})}")
+    for column, shape in (("pixels", [2, 28]), ("image", [2, 32, 32])):
+        path = tff_file(tmp_path / "flat.h5", {"7": {column: np.zeros(shape, np.uint8), "label": np.zeros(2, int)}})
+        with pytest.raises(UsageError, match=r"user 7: an image is \[\d.*\], not \["):
+            load(f"tff:{path}")
 
 
 # Runs, and the real files

@@ -106,10 +106,12 @@ def npz(
     encoding, file = _encode("npz", options), found(path, root)
     file = file / "data.npz" if file.is_dir() else file
     try:
+        if file.exists() and not zipfile.is_zipfile(file):  # numpy would advise to load it all the same
+            raise ValueError("it is not packed as one")
         with np.load(file, allow_pickle=False) as stored:
             train = _of_archive(stored, "train", encoding)
             test = _of_archive(stored, "test", encoding) if "x_test" in stored else None
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(file, f"it is no archive of x_train, y_train and u_train ({error})", "make it anew") from None
     return _splits("npz", train, test, options, file)
 
@@ -152,7 +154,8 @@ def _files(name: str, path: str, test: str | None, root: Path, endings: list[str
         return [place], _files(name, test, None, root, endings)[0] if test else []
     kinds = [e for e in endings if any(split_files(place, split, e) for split in ("train", "test", ""))]
     if len(kinds) != 1:
-        which = "files of several forms" if kinds else "no such file"
+        wanted = " or ".join({JSON: ".json, .json.gz, .json.xz", hdf5.ENDING: ".hdf5, .h5"}[e] for e in endings)
+        which = "files of several forms" if kinds else f"no file that ends in {wanted}"
         raise UsageError(f"{name}: {place} holds {which}; name one file")
     train, held, other = (split_files(place, split, kinds[0]) for split in ("train", "test", ""))
     if test:
@@ -256,6 +259,10 @@ def _of_archive(stored: Any, split: str, encoding: Encode) -> Clients:
     names = stored["users"].tolist() if "users" in stored else None
     if not len(x) == len(y) == len(users) or not len(x):
         raise ValueError(f"x_{split}, y_{split} and u_{split} have {len(x)}, {len(y)} and {len(users)} rows")
+    if y.dtype.kind == "i" and y.min() < 0:
+        raise ValueError(f"y_{split} holds the label {y.min()}; class labels start at 0")
+    if names is not None and not (users.dtype.kind in "iu" and users.min() >= 0 and users.max() < len(names)):
+        raise ValueError(f"u_{split} must be places in users, from 0 to {len(names) - 1}")
     if (np.diff(users.astype(np.int64)) >= 0).all():  # packed already: no second copy
         ids, counts = np.unique(users, return_counts=True)
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

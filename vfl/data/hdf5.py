@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def flute(path: Path) -> Iterator[Entry]:
                 values = file[section][()]
                 yield Entry(section, None, [v.decode() if isinstance(v, bytes) else v for v in values.tolist()])
         for section in ("user_data", "user_data_label"):
-            for user, value in file.get(section, {}).items():
+            for user, value in _members(file.get(section, {}), path, section).items():
                 yield Entry(section, user, value)
 
 
@@ -51,11 +51,18 @@ def tff(path: Path, convert: Callable[[Any], dict[str, Any]]) -> Iterator[Entry]
         clients = examples(file, path)
         yield Entry("users", None, list(clients))
         for client, group in clients.items():
-            yield Entry("user_data", client, convert(group))
+            yield Entry("user_data", client, convert(_members(group, path, f"examples/{client}")))
 
 
 def examples(file: Any, path: Path) -> Any:
     """The group of the clients in an open file of TensorFlow Federated's. Raises UsageError where there is none."""
     if "examples" not in file:
         raise damaged(path, "it has no group examples, as TensorFlow Federated's files do", _REMEDY)
-    return file["examples"]
+    return _members(file["examples"], path, "examples")
+
+
+def _members(group: Any, path: Path, name: str) -> Any:
+    """The group, if it is one."""
+    if not isinstance(group, Mapping):
+        raise damaged(path, f"its {name} is no group of clients", _REMEDY)
+    return group

@@ -38,7 +38,7 @@ def entries(path: Path, form: str, remedy: str) -> Iterator[Entry]:
     """
     place = ""
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
             text = _Text(file)
             for section in text.keys():  # noqa: SIM118
                 place = f" in {section}"
@@ -97,7 +97,8 @@ class _Text:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
-                value, end, failure = None, self._at, ValueError(f"{error.msg} at {self.place(error.pos)}")
+                said = error.msg.removesuffix(" starting at")
+                value, end, failure = None, self._at, ValueError(f"{said} at {self.place(error.pos)}")
                 # An error far from the end is one; near to it, or in a string without an end, more text may mend it.
                 if error.pos < len(self._text) - _LONGEST and not error.msg.startswith("Unterminated string"):
                     raise failure from None

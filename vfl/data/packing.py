@@ -37,9 +37,19 @@ def numbers(x: Any) -> np.ndarray:
     if isinstance(x, list):
         if isinstance(x[0], str):
             raise ValueError("its inputs are text, not numbers, so they need inputs=characters")
-        return np.asarray(x, np.float32)
+        try:
+            found = np.asarray(x, np.float32)
+        except ValueError:
+            raise ValueError("its inputs differ in shape, or are not all numbers") from None
+        if np.isnan(found).any() and _has_null(x):  # numpy takes null for NaN
+            raise ValueError("its inputs hold null, which is no number")
+        return found
     array = _native(x)
     return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+
+
+def _has_null(values: Any) -> bool:
+    return values is None or (isinstance(values, list) and any(map(_has_null, values)))
 
 
 def targets(y: Any) -> np.ndarray:
@@ -93,7 +103,8 @@ def pack(files: Iterable[str | Path], form: Form, encode: Encode) -> tuple[Packe
         wrong, promised = wrong + differing, promised + sum_promised
     offsets = np.cumsum([0, *sizes.values()], dtype=np.int64)
     if not offsets[-1]:
-        raise UsageError(f"{form.name}: no files, or none with an example; name the files of one split")
+        where = f"an example in {paths[0]}" + f" or the {len(paths) - 1} files beside it" * (len(paths) > 1)
+        raise UsageError(f"{form.name}: there is not {where if paths else 'a file'}; name the files of one split")
     if wrong:
         first, users = wrong[0], len({w.user for w in wrong})
         log.warning(f"num_samples is wrong for {users} of {len(sizes)} users: it promises {promised:,} examples, but "
@@ -130,6 +141,9 @@ def _count(path: Path, form: Form) -> tuple[dict[str, int], list[_Wrong], int]:
         what = f"its users and num_samples are no two lists of one length ({type(error).__name__}: {error})"
         raise damaged(path, f"it is not of {form.name}'s form: {what}", form.remedy) from None
     listed = set(names)
+    if len(listed) < len(names):
+        twice = next(name for n, name in enumerate(names) if name in names[:n])
+        raise damaged(path, f"user {twice} stands twice among its users", form.remedy)
     for user in (*names, *rows["x"], *rows["y"]):
         if user not in listed:
             raise damaged(path, f"user {user} has data, but does not stand among its users", form.remedy)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,8 @@ def tff_splits(
 def _layout(files: Sequence[Path], label: str, length: int, words: int) -> Layout:
     with hdf5.opened(files[0]) as file:
         groups = hdf5.examples(file, files[0])
-        held = set(groups[next(iter(groups))]) if len(groups) else set()
+        first = groups[next(iter(groups))] if len(groups) else ()
+        held = set(first) if isinstance(first, Mapping) else set()
     if "pixels" in held:
         classes = 62
         return Layout(_columns("pixels", label), Encode(_grey, NUMBERS.y), classes, cast, "cnn")
@@ -80,12 +81,18 @@ def _columns(x: str, y: str) -> Callable[[Any], dict[str, Any]]:
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
     """[n, 28, 28] → [n, 1, 28, 28], as the file has them: float32 from 0, ink, to 1."""
-    return NUMBERS.x(pixels)[:, None]
+    return _images(NUMBERS.x(pixels), (28, 28))[:, None]
 
 
 def _colours(image: np.ndarray) -> np.ndarray:
     """Bytes [n, 32, 32, 3] → [n, 3, 32, 32]."""
-    return np.moveaxis(NUMBERS.x(image), -1, 1)
+    return np.moveaxis(_images(NUMBERS.x(image), (32, 32, 3)), -1, 1)
+
+
+def _images(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if x.shape[1:] != shape:
+        raise ValueError(f"an image is {list(shape)}, not {list(x.shape[1:])}")
+    return x
 
 
 def _text(
