@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vfl.cli import main
-from vfl.data import DATASETS, WRITERS, Dataset, Examples, cast, convert, load
+from vfl.data import DATASETS, WRITERS, Dataset, Examples, Packed, cast, convert, load
 from vfl.data.formats import flute, leaf, npz
 from vfl.errors import UsageError
 
@@ -51,6 +51,30 @@ def toy(*, users: bool = True) -> Dataset:
     """A data set by another name whose clients are people."""
     examples = Examples(torch.from_numpy(X), torch.from_numpy(Y))
     return Dataset("toy", examples, Examples(*(t[:2] for t in examples)), 3, cast, users=U if users else None)
+
+
+@pytest.mark.parametrize("form", ["leaf", "flute_json", "flute_hdf5"])
+def test_what_is_interrupted_leaves_no_split_without_the_other(
+    form: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def client(self: Packed, i: int) -> Examples:
+        if self.population == 2:  # the test set, when the training set is written
+            raise KeyboardInterrupt
+        return Examples(self.x[:1], self.y[:1])
+
+    monkeypatch.setattr(Packed, "client", client)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "a", form)
+    assert not [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "."])
+def test_a_user_whose_name_hdf5_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", x_train=X, y_train=Y, u_train=U, users=np.array(["ann", name, "eve"]))
+    with pytest.raises(UsageError, match=rf"the name of the user '{name}'; take the format flute_json"):
+        convert(f"npz:{tmp_path / 's.npz'}", tmp_path / "a", "flute_hdf5")
+    convert(f"npz:{tmp_path / 's.npz'}", tmp_path / "a", "flute_json")
+    assert flute(str(tmp_path / "a"), root=tmp_path).train.names == ["ann", name, "eve"]
 
 
 def test_users_without_names_are_numbered_and_the_test_set_is_one_user(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -58,14 +58,29 @@ def _splits(source: str, root: Path) -> dict[str, Clients]:
 
 def _leaf(splits: dict[str, Clients], folder: Path) -> list[Written]:
     """Train and test in a folder each, as LEAF's scripts leave them."""
-    return [_json(split, clients, folder / split / "data.json", False) for split, clients in splits.items()]
+    return _each(splits, lambda split: folder / split / "data.json", lambda *given: _json(*given, apart=False))
 
 
 def _flute_json(splits: dict[str, Clients], folder: Path) -> list[Written]:
-    return [_json(split, clients, folder / f"{split}.json", True) for split, clients in splits.items()]
+    return _each(splits, lambda split: folder / f"{split}.json", lambda *given: _json(*given, apart=True))
 
 
-def _json(split: str, clients: Clients, path: Path, apart: bool) -> Written:
+def _flute_hdf5(splits: dict[str, Clients], folder: Path) -> list[Written]:
+    return _each(splits, lambda split: folder / f"{split}.hdf5", _hdf5)
+
+
+def _each(
+    splits: dict[str, Clients], place: Callable[[str], Path], write: Callable[[Clients, Path], None]
+) -> list[Written]:
+    """A file of each split."""
+    written = [Written(split, place(split), clients) for split, clients in splits.items()]
+    with _new([one.path for one in written]) as temporary:
+        for one, path in zip(written, temporary, strict=True):
+            write(one.clients, path)
+    return written
+
+
+def _json(clients: Clients, path: Path, apart: bool) -> None:
     """A JSON file, user by user; with `apart`, labels are in user_data_label."""
     packed, names = clients
 
@@ -73,7 +88,7 @@ def _json(split: str, clients: Clients, path: Path, apart: bool) -> Written:
         for i, name in enumerate(names):
             yield f"{', ' if i else ''}{json.dumps(name)}: {json.dumps(columns(packed.client(i)))}"
 
-    with _new(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         sizes = json.dumps(packed.sizes().tolist())
         file.write(f'{{"users": {json.dumps(names)}, "num_samples": {sizes}, "user_data": {{')
         if apart:
@@ -83,22 +98,18 @@ def _json(split: str, clients: Clients, path: Path, apart: bool) -> Written:
         else:
             file.writelines(members(lambda own: {"x": own.x.tolist(), "y": own.y.tolist()}))
         file.write("}}")
-    return Written(split, path, clients)
 
 
-def _flute_hdf5(splits: dict[str, Clients], folder: Path) -> list[Written]:
-    written = []
-    for split, clients in splits.items():
-        packed, names = clients
-        path = folder / f"{split}.hdf5"
-        with _new(path) as temporary, hdf5.opened(temporary, "w") as file:
-            file["users"], file["num_samples"] = names, packed.sizes()
-            for i, name in enumerate(names):
-                own = packed.client(i)
-                file[f"user_data/{name}/x"] = own.x.numpy()
-                file[f"user_data_label/{name}"] = own.y.numpy()
-        written.append(Written(split, path, clients))
-    return written
+def _hdf5(clients: Clients, path: Path) -> None:
+    packed, names = clients
+    if bad := [name for name in names if name in ("", ".") or "/" in name or "\0" in name]:
+        raise UsageError(f"a group of HDF5 cannot have the name of the user {bad[0]!r}; take the format flute_json")
+    with hdf5.opened(path, "w") as file:
+        file["users"], file["num_samples"] = names, packed.sizes()
+        for i, name in enumerate(names):
+            own = packed.client(i)
+            file[f"user_data/{name}/x"] = own.x.numpy()
+            file[f"user_data_label/{name}"] = own.y.numpy()
 
 
 def _npz(splits: dict[str, Clients], folder: Path) -> list[Written]:
@@ -111,26 +122,30 @@ def _npz(splits: dict[str, Clients], folder: Path) -> list[Written]:
         columns |= {f"x_{split}": packed.x.numpy(), f"y_{split}": packed.y.numpy()}
         columns[f"u_{split}"] = np.repeat(users, packed.sizes())
     path = folder / "data.npz"
-    with _new(path) as temporary, temporary.open("wb") as file:
+    with _new([path]) as (temporary,), temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **columns)
     return [Written(split, path, clients) for split, clients in splits.items()]
 
 
 @contextmanager
-def _new(path: Path) -> Iterator[Path]:
-    """A file beside a new one, which takes its place when it is whole."""
-    if path.exists():
-        raise UsageError(f"{path} is there already; remove it or name another folder")
-    temporary = path.with_name(f".{path.name}.tmp")
+def _new(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Files beside new ones, which take their places together when all are whole: no split is there without another."""
+    temporary = [path.with_name(f".{path.name}.tmp") for path in paths]
+    for path in paths:
+        if path.exists():
+            raise UsageError(f"{path} is there already; remove it or name another folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            temporary.replace(path)
+            for path, written in zip(paths, temporary, strict=True):
+                written.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            for written in temporary:
+                written.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; name another folder") from None
+        raise UsageError(f"cannot write {paths[0]}: {error.strerror or error}; name another folder") from None
 
 
 WRITERS: dict[str, Callable[[dict[str, Clients], Path], list[Written]]] = {
