@@ -77,7 +77,7 @@ class Diana(ShiftedGradient):
             h = server.h + mean.clients / population * (a * m if self.shifts == "zero" else change)
             return Server(x, h, opt, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="whole")
 
     def step_size(self, smoothness: Smoothness, task: vfl.Task, population: int, clients: int | None = None) -> float:
         """For μ > 0 and convex fᵢ, γ = 1/(L_max(1 + 6ω/N)) (Gorbunov, Hanzely & Richtárik 1905.11261, on DIANA).

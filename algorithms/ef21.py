@@ -62,7 +62,7 @@ class EF21(ShiftedGradient):
             x, opt = trainer.server_step(-g, server.opt, server.x, server.t)
             return Server(x, g, opt, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="whole")
 
     def step_size(self, smoothness: Smoothness, task: vfl.Task, population: int, clients: int | None = None) -> float:
         """γ = 1/(L + L̃ √(β/θ)), θ = 1 − √(1 − α), β = (1 − α)/θ (2106.05203, Theorem 1).

@@ -152,4 +152,4 @@ def feddf(config: FedDF, task: vfl.Task, public: Public) -> vfl.Algorithm:
         reported = {"distill_loss": total / config.distill_steps} if config.distill_steps else {}
         return Server(x, opt, server.t + 1), reported
 
-    return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update)
+    return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update, late="whole")

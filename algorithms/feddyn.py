@@ -69,4 +69,4 @@ class FedDyn(vfl.LocalTraining):
             x, opt = trainer.server_step(delta - h / alpha, server.opt, server.x, server.t)
             return Server(x, h, opt, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="whole")

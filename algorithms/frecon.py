@@ -102,7 +102,7 @@ class Frecon(ShiftedGradient):
             h = server.h + share * (a * u if self.shifts == "zero" else change)
             return Server(x, server.x, g, h, mean.clients >= population, opt, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="whole")
 
     def step_size(self, smoothness: Smoothness, task: vfl.Task, population: int, clients: int | None = None) -> float:
         """γ = 1/(L_max(1 + √(10 N)(1 + ω)/S)) (the nonconvex theorem of 2112.13097, with the default λ)."""

@@ -84,4 +84,4 @@ class GradSkip(Scaffnew):
             metrics = vfl.Metrics(loss, examples, examples, buffers)
             return contribute(sent, z, client.heard), Client(x_hat, h_hat, u, sent.n, rests), metrics
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="never")

@@ -134,6 +134,7 @@ class Marina(CompressedGradient):
             client_update,
             server_update,
             everyone if self.asks_everyone else None,
+            late="never",
         )
 
     def step_size(self, smoothness: Smoothness, task: vfl.Task, population: int, clients: int | None = None) -> float:

@@ -166,7 +166,7 @@ class Mime(MimeOptions):
             x, _ = trainer.server_step(mean.payload.y, (), server.x, server.t)
             return Server(x, self.track(server.c, server.s), server.c, server.t + 1), {}
 
-        return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, vfl.stateless, broadcast, client_update, server_update, late="never")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,4 +142,4 @@ class Scaffnew:
             metrics = vfl.Metrics(aux.loss, aux.examples, aux.examples, aux.buffers)
             return contribute(sent, x_hat, client.heard), Client(x_hat, u, sent.n), metrics
 
-        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update)
+        return vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="never")

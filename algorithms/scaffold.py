@@ -118,4 +118,6 @@ class Scaffold(vfl.LocalTraining):
             c = server.c + mean.clients / population * a * delta.c
             return Server(x, c, opt, server.t + 1), {}
 
-        return trainer.aggregator.of(vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update))
+        return trainer.aggregator.of(
+            vfl.Algorithm(init_server, init_client, broadcast, client_update, server_update, late="whole")
+        )

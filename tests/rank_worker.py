@@ -68,10 +68,11 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["krum"] = played(Scaffold(aggregator="multi_krum:f=1,m=3"), mlp(), federated(), 3, **everyone)
     median = FedAvg(aggregator="median")
     found["median-dropped"] = played(median, mlp(), spoilt, 4, on_nonfinite="drop", **everyone)
-    late = vfl.Devices(device_speeds="pareto:2", client_dropout=0.3).wrap(Scaffold().build(mlp(), len(SIZES)), mlp(), 0)
-    late = vfl.Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=2).wrap(late, mlp(), 0)
     some = {"clients_per_round": "1..3", "evaluation": OFF, "execution": "vmap"}
-    found["late"] = played(late, mlp(), federated(), 6, **some, **options)
+    devices = vfl.Devices(device_speeds="pareto:2", client_dropout=0.3)
+    for name, config, staleness in (("late", Scaffold(), "none"), ("stale", FedAvg(), "sqrt")):
+        late = vfl.Delays(delay_probability=0.5, delay="uniform:3", staleness=staleness, buffer_size=2)
+        found[name] = played(config, mlp(), federated(), 6, wrappers=[devices, late], **some, **options)
     plateau = vfl.Plateau(plateau_patience=1, plateau_metric="test_loss", plateau_factor=0.5, fall_back=True)
     falling = {"plateau": plateau, "clients_per_round": 6, "execution": "vmap"}
     found["plateau"] = played(Scaffold(local_lr=1.0), norm_and_dropout(), federated(), 6, **falling, **options)

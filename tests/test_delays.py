@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import cli_runs
 import numpy as np
@@ -39,6 +39,8 @@ from vfl import checkpoint, delays, execute, random
 from vfl.base import Model, Personal
 from vfl.delays import DELAYS, Delays, Staleness
 from vfl.devices import Devices
+from vfl.fedbuff import buffered
+from vfl.privacy import Privacy
 from vfl.spec import resolve
 
 __all__ = ["here"]
@@ -69,7 +71,11 @@ PLANS = {
     ),
     "buffer": Plan(Delays(buffer_size=12), {"clients_per_round": 5}),
     "fedbuff": Plan(
-        Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt", buffer_size=9), {"clients_per_round": 5}
+        Delays(delay_probability=0.5, delay="uniform:4", staleness="sqrt", buffer_size=7), {"clients_per_round": 5}
+    ),
+    "fedbuff-weight": Plan(
+        Delays(delay_probability=0.7, delay="fixed:4", staleness="inverse", staleness_scales="weight", buffer_size=6),
+        {"clients_per_round": 5},
     ),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -79,7 +85,8 @@ class Event(NamedTuple):
     """An update on its way."""
 
     round: int  # in which it arrives
-    tau: int
+    tau: int  # rounds that it is late
+    version: int  # steps of the server before it was sent its model
     weight: float
     change: np.ndarray  # [D]
 
@@ -94,12 +101,17 @@ def lateness(chosen: Delays, t: int, i: int) -> int:
 
 
 def simulated(plan: Plan, config: FedAvg) -> Numbers:
-    """FedAvg by events: nothing but lists of who arrives when."""
+    """FedAvg by events: nothing but lists of who arrives when.
+
+    With a buffer, staleness is FedBuff's (2106.06639, section 3): the server's version when it uses an update, less the
+    one that the client started from.
+    """
     chosen, x = plan.delays, regression().x.numpy()
     s = {"none": lambda tau: 1, "sqrt": lambda tau: (1 + tau) ** -0.5, "inverse": lambda tau: 1 / (1 + tau)}
     sampler = vfl.sampler(plan.options.get("sampling", "uniform"), plan.options["clients_per_round"], DATA.offsets)
     events: list[Event] = []
     buffer: list[Event] = []
+    version, ages = 0, set()
     found: dict[str, list] = {"late": [], "arrived": [], "pending": [], "buffered": []}
     for t in range(ROUNDS):
         late = 0
@@ -108,18 +120,23 @@ def simulated(plan: Plan, config: FedAvg) -> Numbers:
                 y = papers.local_model(x, batches, config.local_lr, lambda g, y: g)
                 tau = lateness(chosen, t, i)
                 late += tau > 0
-                events.append(Event(t + tau, tau, SIZES[i], y - x))
+                events.append(Event(t + tau, tau, version, SIZES[i], y - x))
         now = [event for event in events if event.round == t]
         buffer += now
         if buffer and len(buffer) >= chosen.buffer_size:
-            update = sum(e.weight * s[chosen.staleness](e.tau) * e.change for e in buffer)
-            scaled = chosen.staleness_scales == "weight"
-            x = x + update / sum(e.weight * (s[chosen.staleness](e.tau) if scaled else 1) for e in buffer)
-            buffer = []
+            stale = [version - e.version if chosen.buffer_size > 1 else e.tau for e in buffer]
+            ages |= {(e.tau, age) for e, age in zip(buffer, stale, strict=True)}
+            factors = [s[chosen.staleness](age) for age in stale]
+            scaled = factors if chosen.staleness_scales == "weight" else [1] * len(buffer)
+            update = sum(e.weight * f * e.change for e, f in zip(buffer, factors, strict=True))
+            x = x + update / sum(e.weight * f for e, f in zip(buffer, scaled, strict=True))
+            buffer, version = [], version + 1
         found["late"].append(late)
         found["arrived"].append(len(now))
         found["pending"].append(sum(event.round > t for event in events))
         found["buffered"].append(len(buffer))
+    if chosen.buffer_size > 1 and chosen.delay_probability:
+        assert {0, 1, 2} <= {age for _, age in ages} and any(age < tau for tau, age in ages), ages
     return {"x": x} | {name: np.array(values) for name, values in found.items()}
 
 
@@ -177,22 +194,23 @@ def test_clients_that_are_never_late_give_the_plain_run(config):
 
 
 SCAFFOLD = Plan(Delays(delay_probability=0.5, delay="uniform:3"), {"clients_per_round": 5})
+WHOLE = Plan(Delays(delay_probability=0.5, delay="uniform:3", buffer_size=9), {"clients_per_round": 5})
 
 
 def test_nothing_is_lost_and_nothing_applied_twice():
     """SCAFFOLD's server holds Σ Δcᵢ / N of what has arrived, the ring the rest, the clients all of it."""
     for rounds in (1, 5, 9):
         found = play(SCAFFOLD, Scaffold(), rounds=rounds)
-        waiting = found["server.payload.c"].sum(0)
+        waiting = found["server.payload.c"].sum((0, 1))
         assert np.abs(waiting).max() > 1e-3
         np.testing.assert_allclose(N * found["server.inner.c"] + waiting, found["client.0"].sum(0), atol=1e-12)
         assert found["server.clients"].sum() == found["metric.pending"][-1]
         assert found["metric.arrived"].sum() + found["metric.pending"][-1] > 0
 
 
-@pytest.mark.parametrize("config", [FedAvg(), Scaffold()])
-def test_delays_are_the_same_in_chunks_of_any_size_and_one_by_one(config):
-    plan = PLANS["fedbuff"]._replace(options={"clients_per_round": 6})
+@pytest.mark.parametrize(("config", "plan"), [(FedAvg(), PLANS["fedbuff"]), (Scaffold(), WHOLE)])
+def test_delays_are_the_same_in_chunks_of_any_size_and_one_by_one(config, plan):
+    plan = plan._replace(options={"clients_per_round": 6})
     wanted = play(plan, config, norm_and_dropout(), 4, execution="loop")
     for chunk in (2, 100):
         assert_same(play(plan, config, norm_and_dropout(), 4, chunk=chunk), wanted, 1e-9)
@@ -205,10 +223,10 @@ def test_delays_are_the_same_in_a_traced_program(monkeypatch):
     assert_same(play(plan, Scaffold(), rounds=3, chunk=100, execution="compile"), wanted, 1e-9)
 
 
-@pytest.mark.parametrize("config", [FedAvgM(), Scaffold()])
-def test_pending_updates_survive_a_kill(config, tmp_path):
+@pytest.mark.parametrize(("config", "plan"), [(FedAvgM(), PLANS["fedbuff"]), (Scaffold(), WHOLE)])
+def test_pending_updates_survive_a_kill(config, plan, tmp_path):
     """Rounds after the checkpoint are lost with the process; a fresh one goes on from the file to the same numbers."""
-    chosen, task = PLANS["fedbuff"].delays, norm_and_dropout()
+    chosen, task = plan.delays, norm_and_dropout()
 
     def engine() -> vfl.Engine:
         algorithm = chosen.wrap(config.build(task, N), task, N)
@@ -244,7 +262,7 @@ from algorithms.scaffold import Scaffold
 
 class Late(Scaffold):
     def build(self, task, population):
-        delays = vfl.Delays(delay_probability=0.5, delay="uniform:3", staleness="sqrt")
+        delays = vfl.Delays(delay_probability=0.5, delay="uniform:3")
         algorithm = delays.wrap(super().build(task, population), task, population)
 
         def broadcast(server, key):
@@ -367,9 +385,46 @@ def test_an_option_without_meaning_is_refused_in_one_sentence(options, sentence)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+FEDDF = next(name for name in ALGORITHMS if name.startswith("feddf"))
+NEVER = ("marina", "vrmarina", "ppmarina", "mime-base=sgd", "scaffnew-p=0.5", "gradskip-p=0.5-q=0.5")
+
+
+@pytest.mark.parametrize("chosen", [Delays(delay_probability=0.5), Delays(buffer_size=9)])
+@pytest.mark.parametrize("name", [*NEVER, "privacy"])
+def test_messages_that_count_in_their_own_round_alone_cannot_be_late(chosen, name):
+    wrappers = [Privacy(clip=1.0), chosen] if name == "privacy" else [chosen]
+    config = FedAvg() if name == "privacy" else ALGORITHMS[name]
+    with pytest.raises(vfl.UsageError, match="count in their own round alone"):
+        vfl.simulate(config, mlp(), federated(), 1, wrappers=wrappers, clients_per_round=5)
+
+
+@pytest.mark.parametrize("name", ["scaffold-option=1", "diana", "ef21", "cofig", "frecon", "feddyn", FEDDF])
+def test_updates_that_a_server_needs_whole_are_not_discounted(name):
+    late = {"delay_probability": 0.5, "delay": "uniform:2"}
+    algorithm = ALGORITHMS[name].build(mlp(), N)
+    Delays(**late, buffer_size=9).wrap(algorithm, mlp(), N)
+    for scales in get_args(delays.Scales):
+        with pytest.raises(vfl.UsageError, match="staleness must be none, not sqrt"):
+            Delays(**late, staleness="sqrt", staleness_scales=scales).wrap(algorithm, mlp(), N)
+
+
+def test_privacy_around_delays_is_refused():
+    wrappers = [SCAFFOLD.delays, Privacy(clip=1.0)]
+    with pytest.raises(vfl.ClientError, match="privacy is that of one mean"):
+        vfl.simulate(FedAvg(), mlp(), federated(), 1, wrappers=wrappers, clients_per_round=5)
+
+
+def test_a_clients_usage_error_is_one_sentence_on_the_command_line(here, capsys):
+    speed = ("--delay-probability", 1, "--delay", "speed:3")
+    assert cli_runs.vfl("fedavg", *SMALL, "--rounds", 1, *speed) == 2
+    said = "vfl: delay speed reads the clients' simulated times: choose device-speeds, equal at least\n"
+    assert capsys.readouterr().err == said
+
+
 def test_algorithms_that_ask_everyone_run_without_delays():
+    unaware = ALGORITHMS["ppmarina"].build(mlp(), N)._replace(late="discounted")
     with pytest.raises(vfl.UsageError, match="asks all clients in some rounds"):
-        SCAFFOLD.delays.wrap(ALGORITHMS["ppmarina"].build(mlp(), N), mlp(), N)
+        SCAFFOLD.delays.wrap(unaware, mlp(), N)
 
 
 def test_aggregators_that_need_every_message_run_without_delays():
@@ -385,7 +440,7 @@ def test_clients_own_models_are_those_of_the_algorithm_inside():
     personal = Personal(lambda server, client, batches: Model(server.x + server.t, batches.buffers))
     plain = FedAvg().build(task, N)._replace(personal=personal)
     _, wanted = vfl.simulate(plain, task, federated(), 1, evaluation=when, **options)
-    never = delays.delayed(delays.buffered(plain, 1), 1e-300, resolve("uniform:2", DELAYS, "delay"))
+    never = delays.delayed(buffered(plain, 1), 1e-300, resolve("uniform:2", DELAYS, "delay"))
     _, found = vfl.simulate(never, task, federated(), 1, evaluation=when, **options)
     names = {name for name in wanted[0] if name.startswith("personal_")}
     assert names
@@ -395,7 +450,7 @@ def test_clients_own_models_are_those_of_the_algorithm_inside():
 
 @pytest.mark.parametrize(("chosen", "how"), [(SCAFFOLD.delays, "delays"), (Delays(buffer_size=8), "a buffer")])
 def test_algorithms_that_ask_for_different_things_run_without_delays(chosen, how):
-    algorithm = chosen.wrap(Mime().build(mlp(), N), mlp(), N)
+    algorithm = chosen.wrap(Mime().build(mlp(), N)._replace(late="discounted"), mlp(), N)
     with pytest.raises(vfl.UsageError, match=f"alternates from round to round.* runs without {how}"):
         vfl.simulate(algorithm, mlp(), federated(), 4, clients_per_round="all", execution="vmap")
 

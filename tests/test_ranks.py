@@ -90,8 +90,8 @@ def united(ranks: list[Numbers]) -> Numbers:
 
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
              *(f"private/{kind}" for kind in KINDS),
-             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "plateau", "personal", "leaky",
-             "learned", "diverged", "stopped"]  # fmt: skip
+             "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "stale", "plateau", "personal",
+             "leaky", "learned", "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)

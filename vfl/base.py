@@ -8,7 +8,7 @@ sums the weighted messages over chunks and ranks, and hands their mean to `serve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Tree = Any
 """A tensor, or a (nested) tuple / NamedTuple of tensors; `()` is the empty one."""
+
+Late = Literal["discounted", "whole", "never"]
+"""What the server can make of a message after its round: a part of it; all of it or nothing, as where it must add up
+what clients remember having sent; or nothing at all, as where it answers the round's own coin."""
 
 
 class Message(NamedTuple):
@@ -166,6 +170,7 @@ class Algorithm(NamedTuple):
     personal: Personal | None = None  # None: the server's model is everyone's
     idle: Idle | None = None  # None: such a round leaves the server as it was
     expect: Expect | None = None  # None: init_server needs no payload
+    late: Late = "discounted"  # how a message may be used after its round
 
 
 def stateless(x: Tensor, /) -> Tree:

@@ -8,16 +8,18 @@ A late update counts s(τ) times: 1, 1/√(1 + τ) (FedBuff's choice, Nguyen et 
 divided by Σ w without s, as there, so that a round of stale updates alone takes a shorter step. That means something
 for clients that send changes; with `staleness_scales` weight, s is part of the weights, and a mean stays a mean.
 
-FedBuff's buffer: the server steps only when at least K updates have come in since its last step. τ counts rounds here,
-of which not each need be a step of the server. Clients' states change in the round in which they work, and uplink bits
-are counted there. The module's buffers (batch norm) are averaged over the clients that are in time.
+Where the server waits for a full buffer (`vfl.fedbuff`), s takes in the place of τ how many steps the server has taken
+since it sent the client its model, as FedBuff does. That is known on arrival alone, so A = T + 1 sums, one for each age
+in steps, wait in the place of A = 1.
 
-An algorithm whose messages mean something in their own round alone (scaffnew's coin) has no use for delays.
+Clients' states change in the round in which they work, and uplink bits are counted there. The module's buffers (batch
+norm) are averaged over the clients that are in time.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,11 +29,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Mean, Message, Metrics, Tree, expecting, idled, leaves, nested, tree_map
+from vfl.base import Algorithm, Mean, Message, Metrics, Tree, expecting, leaves, nested, tree_map
 from vfl.devices import SECONDS
 from vfl.errors import UsageError, unknown
+from vfl.fedbuff import buffered, check_late, step_where
 from vfl.local import Batches, keep_where
-from vfl.privacy.central import Clipped
 from vfl.spec import resolve
 from vfl.task import Task
 from vfl.wrappers import Context
@@ -102,9 +104,9 @@ class Delayed(NamedTuple):
     """The server's state, with what is still to come."""
 
     inner: Any  # the algorithm's own
-    payload: Tree  # [T, ...] Σ w s(τ) payload of those that arrive in the next round, in the one after, …
-    weight: Tensor  # [T] their Σ w
-    clients: Tensor  # [T] how many they are
+    payload: Tree  # [T, A, ...] Σ w payload of those that arrive in the next round, in the one after, …, by age
+    weight: Tensor  # [T, A] their Σ w
+    clients: Tensor  # [T, A] how many they are
 
     @property
     def x(self) -> Tensor:
@@ -118,15 +120,23 @@ def delayed(
     delay: Delay,
     staleness: Staleness = "none",
     scales: Scales = "update",
+    version: Callable[[Any], Tensor] | None = None,
 ) -> Algorithm:
     """The algorithm with clients that are late, each with this probability, on its own.
 
+    Staleness counts rounds, or the steps that `version` reads off the algorithm's server [], at most one a round.
     Metrics, beside the algorithm's: `late`, how many of the cohort will arrive in a later round; `arrived`, how many
     updates arrived in this one; `pending`, how many are still to come: after the last round these are lost.
-    Raises UsageError for an algorithm whose rounds ask for different things, so that a late answer would be taken for
-    another one, and for an aggregator that needs each message.
+    Raises UsageError for an algorithm whose messages count in their own round alone, or not in part where there is a
+    discount; whose rounds ask for different things, so that a late answer would be taken for another one; and for an
+    aggregator that needs each message.
     """
     T = delay.longest
+    A = 1 if version is None or staleness == "none" else T + 1
+    check_late(algorithm)
+    if algorithm.late == "whole" and staleness != "none":
+        raise UsageError("this algorithm's server needs all of every update, since what a discount leaves out of its "
+                         f"memory or of logits never comes again: staleness must be none, not {staleness}")  # fmt: skip
     if algorithm.everyone is not None:
         raise UsageError("this algorithm asks all clients in some rounds, and then needs their answers in the same "
                          "round: it runs without delays")  # fmt: skip
@@ -135,12 +145,11 @@ def delayed(
                          "delays")  # fmt: skip
 
     def init_server(x: Tensor) -> Delayed:
-        return Delayed(algorithm.init_server(x), (), x.new_zeros(T), x.new_zeros(T))
+        return Delayed(algorithm.init_server(x), (), x.new_zeros(T, A), x.new_zeros(T, A))
 
     def expect(server: Delayed, payload: Tree) -> Delayed:
-        _refuse_private(payload)
         inner = expecting(algorithm, server.inner, payload)
-        return server._replace(inner=inner, payload=tree_map(lambda p: p.new_zeros((T, *p.shape)), payload))
+        return server._replace(inner=inner, payload=tree_map(lambda p: p.new_zeros((T, A, *p.shape)), payload))
 
     def client_update(sent: Tree, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
         message, client, metrics = algorithm.client_update(sent, client, batches, key)
@@ -161,28 +170,32 @@ def delayed(
         if pytree.tree_structure(mean.payload) != pytree.tree_structure(server.payload):
             raise UsageError("what this algorithm asks of its clients alternates from round to round, so that a late "
                              "answer would be taken for another one: it runs without delays")  # fmt: skip
-        s = discount(staleness, torch.arange(T + 1, device=mean.weight.device)).to(mean.weight.dtype)
-        sums = tree_map(lambda p: _along(s * mean.weight, p) * p, mean.payload)
-        weight = s * mean.weight if scales == "weight" else mean.weight
-        return arrive(server, Delayed(None, sums, weight, mean.clients), key)
+        sums = mean._replace(payload=tree_map(lambda p: _along(mean.weight, p) * p, mean.payload))
+        return arrive(server, _discounted(sums, staleness, scales) if A == 1 else sums, key)
 
     def idle(server: Delayed, key: Tensor) -> tuple[Delayed, dict[str, Tensor]]:
         if not leaves(server.payload):  # there are no clients with data
             return server, {}
         nothing = server.weight.new_zeros(T + 1)
-        sums = tree_map(lambda p: p.new_zeros((T + 1, *p.shape[1:])), server.payload)
-        return arrive(server, Delayed(None, sums, nothing, nothing), key)
+        sums = tree_map(lambda p: p.new_zeros((T + 1, *p.shape[2:])), server.payload)
+        return arrive(server, Mean(sums, nothing, nothing), key)
 
-    def arrive(server: Delayed, new: Delayed, key: Tensor) -> tuple[Delayed, dict[str, Tensor]]:
-        """The round's end: `new` [T + 1, ...] joins what was to come, and what is due meets the server."""
-        due, later = [], []
-        for waiting, joins in zip(server[1:], new[1:], strict=True):
-            both = tree_map(lambda a, b: b.to(a.dtype) + torch.cat([a, torch.zeros_like(a[:1])]), waiting, joins)
-            due.append(tree_map(lambda a: a[0], both))
-            later.append(tree_map(lambda a: a[1:], both))
-        sums, weight, clients = due
-        inner, reported = _step(algorithm, server.inner, Mean(sums, weight, clients), weight > 0, key)
-        arrived = {"arrived": clients, "pending": later[-1].sum()}
+    def arrive(server: Delayed, new: Mean, key: Tensor) -> tuple[Delayed, dict[str, Tensor]]:
+        """The round's end: sums [T + 1, ...], of age 0, join what was to come, and what is due meets the server."""
+
+        def joined(waiting: Tensor, joins: Tensor) -> Tensor:
+            come = torch.cat([waiting, torch.zeros_like(waiting[:1])])
+            older = torch.zeros_like(come[:, 1:])
+            return come + torch.cat([joins[:, None].to(come.dtype), older], 1)
+
+        both = tree_map(joined, Mean(server.payload, server.weight, server.clients), new)
+        due, later = tree_map(lambda a: a[0], both), tree_map(lambda a: a[1:], both)
+        sums = tree_map(lambda a: a.sum(0), due if A == 1 else _discounted(due, staleness, scales))
+        inner, reported = step_where(sums.weight > 0, algorithm, server.inner, sums, key)
+        if A > 1 and version is not None:
+            stepped = version(inner) > version(server.inner)
+            later = keep_where(stepped, tree_map(_older, later), later)
+        arrived = {"arrived": sums.clients, "pending": later.clients.sum()}
         return Delayed(inner, *later), {**reported, **arrived}
 
     return nested(algorithm)._replace(
@@ -194,63 +207,8 @@ def delayed(
     )
 
 
-class Buffered(NamedTuple):
-    """The server's state, with the updates that it has not used yet."""
-
-    inner: Any  # the algorithm's own
-    payload: Tree  # [...] Σ w payload since the last step
-    weight: Tensor  # [] Σ w
-    clients: Tensor  # [] how many they are
-
-    @property
-    def x(self) -> Tensor:
-        """The model [D]."""
-        return self.inner.x
-
-
-def buffered(algorithm: Algorithm, size: int) -> Algorithm:
-    """The algorithm whose server steps once at least `size` updates have come in (Nguyen et al. 2106.06639, K).
-
-    All updates of a round come in together, so a step may use more than `size`. The metric `buffered` is how many wait
-    after the round; the algorithm's own metrics are NaN in rounds without a step.
-    """
-
-    def init_server(x: Tensor) -> Buffered:
-        return Buffered(algorithm.init_server(x), (), x.new_zeros(()), x.new_zeros(()))
-
-    def expect(server: Buffered, payload: Tree) -> Buffered:
-        _refuse_private(payload)
-        inner = expecting(algorithm, server.inner, payload)
-        return server._replace(inner=inner, payload=tree_map(torch.zeros_like, payload))
-
-    def server_update(server: Buffered, mean: Mean, key: Tensor) -> tuple[Buffered, dict[str, Tensor]]:
-        if mean.weight.dim():
-            raise UsageError("a buffer adds up one mean, and these clients have a weight in each of several: they run "
-                             "without a buffer")  # fmt: skip
-        if pytree.tree_structure(mean.payload) != pytree.tree_structure(server.payload):
-            raise UsageError("what this algorithm asks of its clients alternates from round to round, so that answers "
-                             "of different rounds do not add up: it runs without a buffer")  # fmt: skip
-        payload = tree_map(lambda a, b: a + (b * mean.weight).to(a.dtype), server.payload, mean.payload)
-        held = payload, server.weight + mean.weight, server.clients + mean.clients
-        full = held[-1] >= size
-        inner, reported = _step(algorithm, server.inner, Mean(*held), full, key)
-        kept = keep_where(full, tree_map(torch.zeros_like, held), held)
-        return Buffered(inner, *kept), {**reported, "buffered": kept[-1]}
-
-    def idle(server: Buffered, key: Tensor) -> tuple[Buffered, Mapping[str, Tensor]]:
-        inner, reported = idled(algorithm, server.inner, key)
-        return server._replace(inner=inner), {**reported, "buffered": server.clients}
-
-    return nested(algorithm)._replace(
-        init_server=init_server,
-        server_update=server_update,
-        idle=idle,
-        expect=expect,
-    )
-
-
 def discount(staleness: Staleness, tau: Tensor) -> Tensor:
-    """s(τ) of delays τ [...] in rounds: float64."""
+    """s(τ) of delays τ [...] in rounds or steps: float64."""
     tau = tau.to(torch.float64)
     if staleness == "none":
         return torch.ones_like(tau)
@@ -267,7 +225,8 @@ class Delays:
     """How many rounds a late client is late: fixed:3, uniform:5 (1 to 5), geometric:0.5,5 (truncated at 5), or
     speed:60 (as its device needs more than rounds of 60 simulated seconds, with delay-probability 1)."""
     staleness: Staleness = "none"
-    """What an update counts that is τ rounds late: 1 (none), 1/√(1+τ) (sqrt), or 1/(1+τ) (inverse)."""
+    """What an update counts that is τ rounds late, or with a buffer τ server steps: 1 (none), 1/√(1+τ) (sqrt), or
+    1/(1+τ) (inverse)."""
     staleness_scales: Scales = "update"
     """What that factor scales: the update in a mean by the full weights, as in FedBuff, or its weight in the mean."""
     buffer_size: int = 1
@@ -291,32 +250,26 @@ class Delays:
 
     def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm under these delays; itself without any. Wrapped after `Devices`, whose times speed reads."""
+        version = None
         if self.buffer_size > 1:
-            algorithm = buffered(algorithm, self.buffer_size)
+            algorithm, version = buffered(algorithm, self.buffer_size), operator.attrgetter("version")
         if self.delay_probability > 0:
             algorithm = delayed(
-                algorithm, self.delay_probability, self.distribution(), self.staleness, self.staleness_scales
+                algorithm, self.delay_probability, self.distribution(), self.staleness, self.staleness_scales, version
             )
         return algorithm
 
 
-def _step(algorithm: Algorithm, server: Any, sums: Mean, due: Tensor, key: Tensor) -> tuple[Any, dict[str, Tensor]]:
-    """The server's step along the mean of these sums where `due` [], else the server's round without any; no branch."""
-    scale = torch.where(sums.weight > 0, 1 / sums.weight, 0)
-    mean = sums._replace(payload=tree_map(lambda p: (p * scale).to(p.dtype), sums.payload))
-    stepped, reported = algorithm.server_update(server, mean, key)
-    rested, meanwhile = idled(algorithm, server, key)
-    named = {
-        name: torch.where(due, value.to(torch.float64), meanwhile.get(name, torch.nan))
-        for name, value in reported.items()
-    }
-    return keep_where(due, stepped, rested), named
+def _discounted(sums: Mean, staleness: Staleness, scales: Scales) -> Mean:
+    """The sums [T + 1, ...], those at place τ times s(τ)."""
+    s = discount(staleness, torch.arange(len(sums.weight), device=sums.weight.device)).to(sums.weight.dtype)
+    payload = tree_map(lambda p: _along(s, p) * p, sums.payload)
+    return sums._replace(payload=payload, weight=s * sums.weight if scales == "weight" else sums.weight)
 
 
-def _refuse_private(payload: Tree) -> None:
-    if isinstance(payload, Clipped):
-        raise UsageError("central privacy has noise for the sum of a round's own messages, and no client has two of "
-                         "them there: it runs without delays and without a buffer")  # fmt: skip
+def _older(sums: Tensor) -> Tensor:
+    """What waits [T, A, ...], a step later. None is of the largest age yet: it would have arrived."""
+    return torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
 
 
 def _along(factor: Tensor, rows: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def over_grid(
         init_server, plain.init_client, broadcast, client_update, server_update,
         receive=plain.receive, combine=plain.combine, personal=of_inner(plain.personal),
         everyone=None if plain.everyone is None else lambda server: at(server.values).everyone(server.inner),  # pyright: ignore
-        idle=idle if plain.idle else None, expect=expect if plain.expect else None,
+        idle=idle if plain.idle else None, expect=expect if plain.expect else None, late=plain.late,
     )  # fmt: skip
 
 

@@ -55,6 +55,9 @@ def _main(argv: list[str]) -> int:
             _say(str(error))
         return 2 if isinstance(error, UsageError) else 1
     except ClientError as error:
+        if isinstance(error.__cause__, UsageError):  # what a client does with the options, not how it failed
+            _say(str(error.__cause__))
+            return 2
         traceback.print_exception(error.__cause__)
         _say(str(error))
         return 1

@@ -91,6 +91,15 @@ def warn_of_numbers(payload: Tree) -> None:
                     "method that needs them exact will not train", ", ".join(numbers))  # fmt: skip
 
 
+def refuse_several(message: Message) -> None:
+    """Raises UsageError for a client with a weight in each of several means, whose message no noise was made for."""
+    if message.weight.dim():
+        raise UsageError(
+            "privacy is that of one mean, and these clients have a weight in each of several, as late updates and "
+            "learned weights give them: wrap the algorithm in privacy alone"
+        )
+
+
 def message_noise(noise_multiplier: float, count_noise: float) -> float:
     """z_Δ, so that messages with noise z_Δ C and count with noise σ_b are together as private as z (1905.03871, Thm 1).
 
@@ -142,6 +151,7 @@ def private(
 
     def client_update(sent: Sent, client: Tree, batches: Batches, key: Tensor) -> tuple[Message, Tree, Metrics]:
         message, client, metrics = algorithm.client_update(sent.content, client, batches, key)
+        refuse_several(message)
         payload, length = clip_tree(message.payload, sent.clip)
         longer = (length > sent.clip).to(length.dtype)
         fits, bit = ((), 0) if adaptive is None else (0.5 - longer, 1)
@@ -188,4 +198,5 @@ def private(
         server_update=server_update,
         expect=expect,
         idle=idle,
+        late="never",
     )
