@@ -1,8 +1,10 @@
 """Server rehearsal: FedAvg and steps on the server's own examples, by hand and through the engine."""
 
+import cli_runs
 import numpy as np
 import pytest
 import torch
+from cli_runs import here as here
 from helpers import (
     CLASSES,
     EMPTY,
@@ -137,6 +139,14 @@ def test_what_else_an_algorithm_is_stays():
     # A round without any message has no server step, and no rehearsal.
     options |= {"sampling": f"fixed:{EMPTY}"}
     assert torch.equal(vfl.simulate(rehearsing(FedAvg(), task), task, data, 2, **options).x, task.x)
+
+
+def test_on_the_command_line_rehearsal_follows_aggregations_alone(here):
+    """All updates come two rounds late, so that the server has nothing to aggregate in the first two."""
+    late = ("--delay-probability", 1, "--delay", "fixed:2", "--rehearsal-steps", 1, "--validation", 0.2)
+    assert cli_runs.vfl("fedavg", *cli_runs.SMALL, *late, "--rounds", 4, "--out", "run", "--quiet") == 0
+    rehearsed = [row["rehearsal_loss"] is not None for row in cli_runs.metrics(here / "run")]
+    assert rehearsed == [False, False, True, True]
 
 
 def test_rehearsal_on_the_validation_set_lifts_the_model_where_clients_see_two_digits_each():

@@ -56,6 +56,7 @@ class Rehearsal:
     def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm with rehearsal on the global validation set, the examples that no client holds.
 
+        Wrapped before `Delays`, where it follows aggregations alone; around it, the server rehearses in every round.
         What is measured on that set is then measured on training examples. Raises UsageError where there is none.
         """
         if not self.rehearsal_steps:

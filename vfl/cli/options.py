@@ -215,11 +215,11 @@ NEUTRAL = {"rounds", "data_root", "device", "recompute", "execution", "chunk", "
            "stop_at"}  # fmt: skip
 
 
-# What can be done to any algorithm, the first one innermost: to a client's message, to when it comes, to the server.
+# What can be done to any algorithm, the first one innermost: to a client's message, to the server, to when they meet.
 WRAPPERS: dict[str, type[Wrapper]] = {
     "quantization": Quantization, "privacy": Privacy, "leakage": Leakage, "devices": Devices,
-    "learned_weights": LearnedWeights, "delays": Delays,
-    "rehearsal": Rehearsal, "fine_tuning": FineTuning,
+    "learned_weights": LearnedWeights, "rehearsal": Rehearsal, "delays": Delays,
+    "fine_tuning": FineTuning,
 }  # fmt: skip
 GROUPS: dict[str, type] = {"plateau": Plateau, "stopping": Stopping, **WRAPPERS}
 
