@@ -19,6 +19,7 @@ from algorithms.scaffold import Scaffold
 from vfl.leakage import Leakage
 from vfl.learned_weights import LearnedWeights, learned
 from vfl.quantization import Quantization
+from vfl.rehearsal import Rehearsal, rehearsed
 
 OFF = vfl.Evaluation(0)
 WORLDS = (3, 2)  # 3 ranks are more than some cohorts hold
@@ -78,6 +79,7 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["plateau"] = played(Scaffold(local_lr=1.0), norm_and_dropout(), federated(), 6, **falling, **options)
     leaky = Leakage(leakage="drop", leakage_bound=0.2).wrap(FedAvg().build(mlp(), len(SIZES)), mlp(), len(SIZES))
     leaky = Quantization(quant_bits=6, quant_threshold=0.5, quant_anneal=0.8).wrap(leaky, mlp(), len(SIZES))
+    leaky = rehearsed(leaky, mlp(), federated().test, Rehearsal(rehearsal_steps=2, rehearsal_batch_size=3))
     found["leaky"] = played(leaky, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
     wise = learned(DGA().build(mlp(), len(SIZES)), mlp(), federated().test, LearnedWeights(weights_reward="loss"))
     found["learned"] = played(wise, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)

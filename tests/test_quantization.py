@@ -130,6 +130,9 @@ def test_clients_that_remember_what_they_sent_are_refused() -> None:
         ({"quant_bits": 8, "quant_threshold": 1.0}, "a quantile from 0 to below 1, not 1.0"),
         ({"quant_bits": 8, "quant_anneal": 0.0}, "quant-anneal is a factor above 0 and at most 1, not 0.0"),
         ({"quant_bits": 8, "quant_anneal": 1.5}, "quant-anneal is a factor above 0 and at most 1, not 1.5"),
+        ({"quant_threshold": 0.5}, "give quant-bits"),
+        ({"quant_anneal": 0.5}, "give quant-bits"),
+        ({"quant_bits": 8, "quant_anneal": 0.5}, "quant-threshold, which is 0"),
     ],
 )
 def test_an_option_without_meaning_is_refused(options: dict[str, Any], sentence: str) -> None:

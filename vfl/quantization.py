@@ -56,6 +56,10 @@ class Quantization:
         check_quantize(8 if self.quant_bits is None else self.quant_bits, self.quant_threshold)
         if not 0 < self.quant_anneal <= 1:
             raise UsageError(f"quant-anneal is a factor above 0 and at most 1, not {self.quant_anneal}")
+        if self.quant_bits is None and (self.quant_threshold, self.quant_anneal) != (0.0, 1.0):
+            raise UsageError("quant-threshold and quant-anneal are about entries that are quantized: give quant-bits")
+        if self.quant_anneal != 1 and not self.quant_threshold:
+            raise UsageError("quant-anneal lowers quant-threshold, which is 0: give a quantile such as 0.9")
 
     def wrap(self, algorithm: Algorithm, task: Task, context: Context) -> Algorithm:
         """The algorithm whose messages' leaves [D] go through `quantize` with threshold·annealᵗ in round t, from 0.
