@@ -83,6 +83,7 @@ def scenarios(ranks: vfl.Ranks) -> dict[str, Numbers]:
     found["leaky"] = played(leaky, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
     wise = learned(DGA().build(mlp(), len(SIZES)), mlp(), federated().test, LearnedWeights(weights_reward="loss"))
     found["learned"] = played(wise, mlp(), federated(), 4, clients_per_round=6, evaluation=OFF, **options)
+    found["uneven"] = uneven(ranks)
     found["diverged"] = diverged(spoilt, **options)
     found["stopped"] = stopped(ranks)
     return found
@@ -112,6 +113,22 @@ def stopped(ranks: vfl.Ranks) -> Numbers:
     for _, metrics in vfl.rounds(ALGORITHMS["fedavg"], mlp(), federated(), 9, **options):
         done.append(metrics["round"])
     return {"rounds": np.array(done)}
+
+
+def uneven(ranks: vfl.Ranks) -> Numbers:
+    """The first rank takes four times as long for its work; each rank's clients with work, round by round."""
+    task, population = mlp(), len(SIZES)
+    options = {"clients_per_round": "all", "execution": "vmap", "ranks": ranks}
+    engine = vfl.Engine(FedAvg().build(task, population), task, federated(), **options)
+    engine.executor.chunk.keep(4)  # nothing is left to find out, so every round is timed
+    engine.watch.seconds = lambda: (4.0 if ranks.first else 1.0) * engine.shared[ranks.rank]
+    state, mine, queued = engine.init(3), [], engine._queue
+    engine._queue = lambda *arguments: mine.append(arguments[-1].shape[-1]) or queued(*arguments)
+    history = []
+    for _ in range(4):
+        state, metrics = engine.play(state)
+        history.append(metrics)
+    return numbers_of(state, history) | {"own_clients": np.array(mine), "slowness": engine.pace.slowness}
 
 
 def counted(ranks: vfl.Ranks) -> Numbers:

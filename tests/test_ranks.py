@@ -19,7 +19,7 @@ import vfl
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 SECONDS = 300  # after which a launch counts as hung
-PER_RANK = ("owners", "chunks")  # numbers that are not meant to agree
+PER_RANK = ("owners", "chunks", "own_clients", "slowness")  # numbers that are not meant to agree
 
 
 def start(folder: Path) -> list[subprocess.Popen]:
@@ -91,7 +91,7 @@ def united(ranks: list[Numbers]) -> Numbers:
 SCENARIOS = [*(f"{cohort}/{name}" for cohort in ("most", "two") for name in ALGORITHMS),
              *(f"private/{kind}" for kind in KINDS),
              "poisson", "evaluated", "dropped", "krum", "median-dropped", "late", "stale", "plateau", "personal",
-             "leaky", "learned", "diverged", "stopped"]  # fmt: skip
+             "leaky", "learned", "uneven", "diverged", "stopped"]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -119,6 +119,19 @@ def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_does_some_of_the_work(launches, world):
     assert all(rank["most/fedavg"]["chunks"].all() for rank in launches[world])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_slower_rank_gets_fewer_clients_as_soon_as_its_seconds_are_known(launches, world):
+    ranks = [rank["uneven"] for rank in launches[world]]
+    for rank in ranks:
+        np.testing.assert_allclose(rank["slowness"], [4.0] + [1.0] * (world - 1))
+    clients = np.stack([rank["own_clients"] for rank in ranks], axis=1)  # [rounds, W]
+    assert (clients.sum(1) == sum(size > 0 for size in SIZES)).all()
+    # Two rounds by steps alone: the first one's seconds come with the second.
+    assert (clients[0] == clients[1]).all() and (clients[2] == clients[3]).all()
+    assert clients[0].max() - clients[0].min() <= 1
+    assert clients[2][0] < clients[0][0] and clients[2][0] < clients[2][1:].min()
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -254,10 +254,20 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
     return {".".join(_entry(part) for part in path): leaf for path, leaf in paths}
 
 
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+def on_device(numbers: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """The host's numbers on the device. A GPU's queue goes on meanwhile, which a plain copy would wait for."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    tensor = torch.from_numpy(numbers) if isinstance(numbers, np.ndarray) else numbers
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_place(tensor: Tensor, place: torch.device) -> Tensor:
+    """The tensor in the device's memory or the host's; a GPU's queue goes on meanwhile.
+
+    What goes to the host is there only when something else has waited for the GPU.
+    """
+    return on_device(tensor, place) if tensor.device.type == "cpu" else tensor.to(place, non_blocking=True)
 
 
 def _entry(part: Any) -> str:

@@ -61,9 +61,13 @@ def classes(*slowness: float) -> Slowness:
     if not slowness or not all(0 < s < math.inf for s in slowness):
         raise UsageError("device-speeds classes: needs numbers above 0, like classes:1,2.5,8, "
                          f"not {', '.join(map(str, slowness)) or 'none'}")  # fmt: skip
-    return lambda key: torch.tensor(slowness, dtype=torch.float64, device=key.device)[
-        random.randint(key, (), len(slowness))
-    ]
+
+    def draw(key: Tensor) -> Tensor:
+        # Filled on the device and gathered: numbers from the host would make a GPU's queue wait.
+        known = torch.stack([torch.full((), s, dtype=torch.float64, device=key.device) for s in slowness])
+        return known.gather(0, random.randint(key, (1,), len(slowness)))[0]
+
+    return draw
 
 
 SPEEDS: Mapping[str, Callable[..., Slowness]] = {f.__name__: f for f in (equal, uniform, lognormal, pareto, classes)}

@@ -1,14 +1,13 @@
-"""The ranks of a run: who computes which client, and the one all-reduce a round."""
+"""The ranks of a run and what they do together: the one all-reduce a round."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -121,16 +120,3 @@ def local_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} cannot be used: {found}; `--device auto` takes what there is")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def assign(ids: np.ndarray, work: np.ndarray, owners: Mapping[int, int], world: int) -> np.ndarray:
-    """The rank of each client [S]: its owner where it has one, else the least loaded, longest work first."""
-    if world == 1:
-        return np.zeros(len(ids), dtype=np.int64)
-    rank = np.array([owners.get(i, -1) for i in ids.tolist()], dtype=np.int64)
-    load = np.bincount(rank[rank >= 0], work[rank >= 0], minlength=world)
-    for i in np.argsort(-work, kind="stable"):
-        if rank[i] < 0:
-            rank[i] = load.argmin()
-            load[rank[i]] += work[i]
-    return rank

@@ -20,10 +20,11 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Tree, tree_map
+from vfl.balance import Stopwatch, assign, client_work, even
+from vfl.base import Algorithm, Tree, on_device, to_place, tree_map
 from vfl.chunks import parse_chunk
 from vfl.data.container import Examples, FederatedData
-from vfl.distributed import Ranks, assign
+from vfl.distributed import Ranks
 from vfl.draws import marks, squared_norms
 from vfl.errors import DivergedError, UsageError
 from vfl.execute import Problem, Shared
@@ -105,6 +106,10 @@ class Engine:
         if self.replicas is not None:
             self._check_replicas(self.replicas)
             count = len(self.replicas.settings())
+        # Where execution and chunk are given, a run is the same to the bit: then no timing moves a client.
+        self.timed = ranks.world > 1 and (execution == "auto" or parse_chunk(chunk) is None)
+        self.pace, self.watch = even(ranks.world), Stopwatch(self.device)
+        self.shared, self.seconds = np.zeros(ranks.world), 0.0  # the last round's work by rank, and this rank's seconds
         problem = Problem(algorithm, data.transform, self.dtype, task.sizes, self.drop, count)
         kind = f"{work} {tuple(self.data_x.shape[1:])} {self.data_x.dtype} {ranks.world} {count}"
         self.executor = Executor(
@@ -189,10 +194,11 @@ class Engine:
         each = vmap if self.replicas is not None else lambda function: function
         round_key = random.fold_in(state.key, state.round)
         cohort_key, client_key, server_key, sent_key = random.split(round_key, 4).unbind(-1)
+        server_key, sent_key = on_device(server_key, self.device), on_device(sent_key, self.device)
         with self.clock("sampling"):
             cohorts = self._cohorts(state.server, cohort_key)
         try:
-            sent = each(self.algorithm.broadcast)(state.server, sent_key.to(self.device))
+            sent = each(self.algorithm.broadcast)(state.server, sent_key)
         except RuntimeError as error:
             if self.replicas is None or not any(hint in str(error) for hint in (".item()", "data-dependent")):
                 raise
@@ -203,18 +209,26 @@ class Engine:
         keys = random.fold_in(client_key.reshape(-1, 1), torch.from_numpy(ids))
         self.executor.tuner.begin(float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1))
         factor = np.stack([cohort.factor for cohort in cohorts])
-        mine, owners = self._share(state.store, ids, counts)
+        mine, owners, shared_work = self._share(state.store, ids, counts)
         queue = self._queue(state, ids, counts, factor, keys, mine)
         shared, played = Shared(sent.content, self.data_x, self.data_y), Round(state.round + 1, sent.content)
         with self.clock("clients"):
+            self.watch.start()
             while queue.left:
                 self.executor.run(queue, shared, played)
+            self.watch.stop()
         if counts.any() and self.executor.layout(played) is None:  # more ranks than clients: learn it from another's
             longest = counts.argmax(1)[:, None]
             self.executor.learn_layout(self._queue(state, ids, counts, factor, keys, longest), shared, played)
         sums = played.sums or self.executor.no_sums(played)
         with self.clock("reduction"):
-            received = reduce(self.executor.layout(played), sums, played.reports, ids.shape[1], self.ranks, stop())
+            tell = np.zeros(1 + self.ranks.world)  # whether to stop; each rank's seconds of the round before
+            tell[0], tell[1 + self.ranks.rank] = stop(), self.seconds
+            received = reduce(self.executor.layout(played), sums, played.reports, ids.shape[1], self.ranks, tell)
+        self.pace = self.pace.after(received.told[1:], self.shared)
+        self.shared = shared_work
+        # On a GPU the watch can be read only now, so its seconds travel in the next round.
+        self.seconds = self.watch.seconds() if self.timed and played.steady else 0.0
         finite = received.finite.reshape(ids.shape)
         bad = (counts > 0) & ~finite
         if bad.any() and not self.drop:
@@ -227,16 +241,18 @@ class Engine:
                 mean = mean._replace(payload=combined(*combining))
         with self.clock("server"):
             if self.algorithm.idle is not None and (mean is None or self.replicas is not None):
-                server, reported = each(self.algorithm.idle)(server, server_key.to(self.device))
+                server, reported = each(self.algorithm.idle)(server, server_key)
             if mean is not None:
-                stepped, reported = each(self.algorithm.server_update)(state.server, mean, server_key.to(self.device))
+                stepped, reported = each(self.algorithm.server_update)(state.server, mean, server_key)
                 if self.replicas is None:
                     server = stepped
                 else:  # a replica without any weight has no step
                     some = (mean.weight > 0).reshape(len(ids), -1).any(1)
                     server = vmap(keep_where)(some, stepped, server)
                 buffers = each(keep_where)(received.heard, received.buffers, buffers)
-        if not bool(torch.isfinite(server.x.sum())):
+        host = torch.device("cpu")
+        reported, down = tree_map(lambda value: to_place(value, host), (dict(reported), sent.bits))
+        if not bool(torch.isfinite(server.x.sum())):  # the second and last time that a round waits for the device
             raise DivergedError(state.round + 1, [])
         with self.clock("states"):
             stores = state.store.each if isinstance(state.store, Stores) else [state.store]
@@ -247,7 +263,7 @@ class Engine:
             stores[0].owners.update(owners)
             state.store.round = state.round + 1
         before = state.totals
-        down = np.asarray(sent.bits.cpu()) * ids.shape[1]
+        down = np.asarray(down) * ids.shape[1]
         totals = Totals(*(
             (np.asarray(total) + now).tolist()
             for total, now in zip(before, (received.bits.sum(-1), down, received.gradients.sum(-1)), strict=True)
@@ -260,7 +276,7 @@ class Engine:
             **totals._asdict(),
             "dropped": bad.sum(-1) if self.replicas is not None else bad.sum(),
             **received.extra,
-            **{name: np.asarray(value.cpu()) for name, value in reported.items()},
+            **{name: np.asarray(value) for name, value in reported.items()},
         }
         metrics: RoundMetrics = {
             "round": after.round,
@@ -270,7 +286,7 @@ class Engine:
             "execution": self.executor.tuner.mode(),
             "seconds": time.perf_counter() - started,
             **self.clock.read(),
-            "stopping": received.stopping,
+            "stopping": bool(received.told[0] > 0),
         }
         return after, metrics
 
@@ -303,14 +319,21 @@ class Engine:
             importance = squared_norms(self.data_x, self.data.transform)
         return marks(importance, self.data.clients.offsets).to(self.device)
 
-    def _share(self, store: Store | Stores, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
-        """For each replica, this rank's positions in the cohort [R, n], most steps first; and who owns which client."""
+    def _share(
+        self, store: Store | Stores, ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, int], np.ndarray]:
+        """This rank's part: for each replica, positions in the cohort [R, n], most steps first.
+
+        Also who owns which client, and the work of every rank [W].
+        """
+        work = client_work(counts, self.work.batch(self.data.clients.sizes(ids)))
+        order = np.lexsort((-work, -counts))  # of as many steps, clients of like minibatches side by side
         if isinstance(store, Stores):
-            return np.argsort(-counts, axis=1, kind="stable"), {}
-        rank = assign(ids[0], counts[0], store.owners, self.ranks.world)
-        mine = np.flatnonzero((rank == self.ranks.rank) & (counts[0] > 0))
+            return order, {}, work.sum(1)
+        rank = assign(ids[0], work[0], store.owners, self.pace.slowness)
         owners = {} if store.empty else dict(zip(ids[0].tolist(), rank.tolist(), strict=True))
-        return mine[np.argsort(-counts[0][mine], kind="stable")][None], owners
+        mine = order[0][((rank == self.ranks.rank) & (counts[0] > 0))[order[0]]]
+        return mine[None], owners, np.bincount(rank, work[0], minlength=self.ranks.world)
 
     def _queue(
         self, state: State, ids: np.ndarray, counts: np.ndarray, factor: np.ndarray, keys: Tensor, mine: np.ndarray
@@ -318,12 +341,14 @@ class Engine:
         """The clients at the positions `mine` [R, n] of the cohorts [R, S], to be computed in this order."""
         device, stores = self.device, state.store.each if isinstance(state.store, Stores) else [state.store]
         at = np.arange(len(ids))[:, None], mine
-        ids, weights = ids[at], torch.tensor(factor[at], dtype=self.dtype, device=device)
+        ids, weights = ids[at], on_device(torch.tensor(factor[at], dtype=self.dtype), device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
-        keys = keys.gather(1, torch.from_numpy(mine)).to(device)
+        keys = on_device(keys.gather(1, torch.from_numpy(mine)), device)
         draws = keys
         if self.work.reshuffle == "once":  # no round is −1
-            draws = random.fold_in(random.fold_in(state.key, -1).reshape(-1, 1), torch.from_numpy(ids)).to(device)
+            draws = on_device(
+                random.fold_in(random.fold_in(state.key, -1).reshape(-1, 1), torch.from_numpy(ids)), device
+            )
         clients = Clients(mine, ids, counts[at], starts, sizes, keys, draws, weights)
         data = Examples(self.data_x, self.data_y)
         if self.replicas is None:

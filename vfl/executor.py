@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.base import Tree, tree_map
+from vfl.base import Tree, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
 from vfl.heap import keep_freed_memory
@@ -40,6 +40,7 @@ class Round:
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
         self.messages: list[tuple[np.ndarray, Tree]] = []  # positions, payloads and weights where they are combined
         self.chunk = 0  # the largest
+        self.steady = True  # nothing was tried or compiled, so that its seconds say what such a round takes
 
 
 class Executor:
@@ -77,6 +78,7 @@ class Executor:
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
         while True:
+            round.steady &= not self.tuner.learning
             mode, alone = self.tuner.way()
             compiled = self._chunk_once if queue.once else self._compiled_chunk
             size = {"loop": 1, "vmap": None, "compile": compiled}[mode]
@@ -99,6 +101,7 @@ class Executor:
                 if not out_of_memory(error) or not self.chunk.halve(clients):
                     raise
                 self._compiled_chunk = self._chunk_once = self.chunk.size
+                round.steady = False
                 continue
             if added is None:
                 continue  # without compiling
@@ -164,6 +167,7 @@ class Executor:
             log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
             return None
         if len(self.compiler) > programs:
+            round.steady = False
             self.tuner.compiled(time.perf_counter() - started)
         return added
 
@@ -219,7 +223,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _to(clients: Tree, place: torch.device) -> Tree:
-    return tree_map(lambda leaf: leaf.to(place), clients)
+    return tree_map(lambda leaf: to_place(leaf, place), clients)
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,8 @@ _MIX2 = -0x6B2FB644ECCEEE15
 def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The key [] of a seed (any integer; taken modulo 2⁶⁴)."""
     signed = (seed + 2**63) % 2**64 - 2**63
-    return _mix(torch.tensor(signed, dtype=torch.int64, device=device) + _GOLDEN)
+    # Filled on the device: a number from the host would make a GPU's queue wait.
+    return _mix(torch.full((), signed, dtype=torch.int64, device=device) + _GOLDEN)
 
 
 def fold_in(key: Tensor, n: Tensor | int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.base import Mean, Message, Metrics, Tree
+from vfl.base import Mean, Message, Metrics, Tree, on_device
 from vfl.distributed import Ranks
 
 # What every client reports, one row a client of the cohort, so that each rank knows each client's numbers. Counts of
@@ -128,27 +128,33 @@ class Received(NamedTuple):
     bits: np.ndarray  # [S] uplink
     finite: np.ndarray  # [S] bool; false also for a client without data
     extra: dict[str, np.ndarray]  # [] each: the algorithm's own client metrics: averaged by weight, summed, largest
-    stopping: bool  # some rank asked to stop
+    told: np.ndarray  # [T] what each rank has told beside, summed over the ranks
 
 
 def reduce(
-    like: Layout | None, sums: Sums, reports: list[tuple[np.ndarray, Tensor]], cohort: int, ranks: Ranks, stop: bool
+    like: Layout | None,
+    sums: Sums,
+    reports: list[tuple[np.ndarray, Tensor]],
+    cohort: int,
+    ranks: Ranks,
+    tell: np.ndarray,
 ) -> Received:
-    """The sums over all ranks, by one all-reduce of [parts | Σw | clients | stop | report S × columns].
+    """The sums over all ranks, by one all-reduce of [parts | Σw | clients | tell | report S × columns].
 
-    `reports` are this rank's, each with its clients' positions in the cohort of S. Every rank calls it once a round.
+    `reports` are this rank's, each with its clients' positions in the cohort of S. `tell` [T] are a few numbers more,
+    whatever they mean. Every rank calls it once a round.
     """
     lead, dtype, device = sums.weight.shape[:-1], sums.weight.dtype, sums.weight.device
     columns = like.columns if like else len(REPORT)
     report = torch.zeros(*lead, cohort, columns, dtype=dtype, device=device)
     if reports:
-        at = torch.from_numpy(np.concatenate([now for now, _ in reports], axis=-1)).to(device)
+        at = on_device(np.concatenate([now for now, _ in reports], axis=-1), device)
         rows = torch.cat([rows for _, rows in reports], dim=-2).to(dtype)
         report.scatter_(-2, at[..., None].expand(rows.shape), rows)
-    flag = torch.full((*lead, 1), float(stop), dtype=dtype, device=device)
-    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, sums.clients, flag, report.flatten(-2)], dim=-1))
+    told = on_device(tell, device).to(dtype).expand(*lead, len(tell))
+    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, sums.clients, told, report.flatten(-2)], dim=-1))
     sizes = like.sizes if like else [1, 1]
-    *parts, weight, clients, stopping, report = flat.split([*sizes, 1, cohort * columns], dim=-1)
+    *parts, weight, clients, told, report = flat.split([*sizes, len(tell), cohort * columns], dim=-1)
     total, scale = weight, torch.where(weight > 0, 1 / weight, 0)
     first = whole = scale
     if like and like.lead:
@@ -157,11 +163,11 @@ def reduce(
     names = like.extra if like else ()
     extras = [part * whole for part in parts[len(parts) - len(names) :]]
     # Reading these numbers waits for the device.
-    numbers = torch.cat([stopping, total, *extras, report], dim=-1).to("cpu", torch.float64).numpy()
-    rows = numbers[..., len(names) + 2 :].reshape(*lead, cohort, columns)
+    numbers = torch.cat([total, *extras, report, told], dim=-1).to("cpu", torch.float64).numpy()
+    rows = numbers[..., 1 + len(names) : -len(tell)].reshape(*lead, cohort, columns)
     loss, examples, gradients, high, low, finite, *own = np.moveaxis(rows, -1, 0)
     mean, buffers = None, ()
-    if like and (numbers[..., 1] > 0).any():
+    if like and (numbers[..., 0] > 0).any():
         n, W = len(like.payload), weight.shape[-1]
         payload = [
             (part.unflatten(-1, (W, p.numel())) * scale[..., None]).reshape((*lead, *like.lead, *p.shape)).to(p.dtype)
@@ -173,11 +179,11 @@ def reduce(
         buffers = tuple(
             (m if b.is_floating_point() else m.round()).to(b.dtype) for m, b in zip(averages, like.buffers, strict=True)
         )
-    extra = {name: numbers[..., 2 + i] for i, name in enumerate(names)}
+    extra = {name: numbers[..., 1 + i] for i, name in enumerate(names)}
     if like:
         extra |= {name: column.sum(-1) for name, column in zip(like.counts, own, strict=False)}
         extra |= {
             name: column.max(-1, initial=0) for name, column in zip(like.peaks, own[len(like.counts) :], strict=True)
         }
     return Received(mean, buffers, weight[..., 0] > 0, loss, examples, gradients, high * LOW + low, finite > 0, extra,
-                    bool((numbers[..., 0] > 0).any()))  # fmt: skip
+                    numbers.reshape(-1, numbers.shape[-1])[0, -len(tell) :])  # fmt: skip

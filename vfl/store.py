@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.base import Tree, leaves, on_device, tree_map
+from vfl.base import Tree, leaves, on_device, to_place, tree_map
 
 
 class Store:
@@ -46,7 +46,7 @@ class Store:
             else:  # states may be as large as the memory allows: one pass over them, no masked copy of a copy
                 taken = rows.index_select(0, known)
                 taken[new] = first
-            stacked.append(taken.to(device))
+            stacked.append(to_place(taken, device))
         return pytree.tree_unflatten(stacked, pytree.tree_structure(self.template))
 
     def scatter(self, ids: np.ndarray, states: Tree, keep: Tensor) -> None:
@@ -54,11 +54,11 @@ class Store:
         if self.empty or not len(ids):
             return
         positions = np.flatnonzero(keep.cpu().numpy())
-        kept, everyone, ids = torch.from_numpy(positions).to(self.place), len(positions) == len(ids), ids[positions]
+        kept, everyone, ids = on_device(positions, self.place), len(positions) == len(ids), ids[positions]
         for i in ids.tolist():
             self.row.setdefault(i, len(self.row))
         self._reserve(len(self.row))
-        at = torch.tensor([self.row[i] for i in ids.tolist()], dtype=torch.int64, device=self.place)
+        at = on_device(np.array([self.row[i] for i in ids.tolist()], dtype=np.int64), self.place)
         for rows, new in zip(self._rows, leaves(states), strict=True):
             placed = new.detach().to(self.place)
             rows.index_copy_(0, at, placed if everyone else placed[kept])
