@@ -335,7 +335,7 @@ def test_messages_that_come_in_another_round_than_the_accounted_one_are_refused(
     how = {"clients_per_round": 4, "sampling": "poisson", "execution": "vmap"}
     for mechanism in ("central", "ftrl"):
         wrappers = [Privacy(clip=1, noise_multiplier=1, mechanism=mechanism), vfl.Delays(**late)]
-        with pytest.raises(vfl.UsageError, match="messages count in their own round alone.*without delays"):
+        with pytest.raises(vfl.UsageError, match=r"messages count in their own round alone.*without delays"):
             vfl.simulate(FedAvg(), mlp(), federated(), 1, wrappers=wrappers, **how)
     wrappers = [Privacy(clip=1, noise_multiplier=1, mechanism="local"), vfl.Delays(**late)]
     vfl.simulate(FedAvg(), mlp(), federated(), 2, wrappers=wrappers, **how)  # each message has noise of its own

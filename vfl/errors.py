@@ -45,3 +45,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
     return UsageError(f"unknown {what} {name!r}; {hint}")
+
+
+def first_line(error: BaseException) -> str:
+    """What the error says, without the details that follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,6 +6,8 @@ Letters: C clients in the chunk. Replicas put an axis R before all but the data:
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
@@ -19,14 +21,17 @@ from torch.utils import _pytree as pytree
 from vfl import random
 from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import out_of_memory
+from vfl.cuda_graph import Program, Recorder, Replay
 from vfl.data.container import Transform
-from vfl.errors import ClientError
+from vfl.errors import ClientError, first_line
 from vfl.leafwise import leafwise
 from vfl.local import Batches, Block
 from vfl.matmul import faster_products
 from vfl.operators import Operators
 from vfl.reduce import Results, Sums, add
 from vfl.task import Weight
+
+log = logging.getLogger("vfl")
 
 
 class Shared(NamedTuple):
@@ -161,22 +166,23 @@ def kept(problem: Problem, results: Results) -> Tree:
     return (message.payload, message.weight) if problem.algorithm.combine is not None else ()
 
 
-class Program(NamedTuple):
+class Compiled(NamedTuple):
     """A chunk's whole work as machine code: clients, weighted sums and reports."""
 
-    call: Callable[..., list[Tensor]]  # of the leaves of Shared, Inputs and Sums
+    call: Program  # of the leaves of Shared, Inputs and Sums
     result: Any  # the structure of what it gives, an Added
 
 
 class Compiler:
     """Compiled programs by chunk shape.
 
-    Nothing in a program can depend on a value, which vmap has shown before, so a program guards nothing.
+    Nothing in a program can depend on a value, which vmap has shown before, so a program guards nothing. Where a
+    `recorder` can be made, programs are replayed as CUDA graphs.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self._programs: dict[Hashable, Program] = {}
+    def __init__(self, problem: Problem, recorder: Callable[[], Recorder] | None = None) -> None:
+        self.problem, self._recorder = problem, recorder and functools.cache(recorder)
+        self._programs: dict[Hashable, Compiled] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -202,17 +208,21 @@ class Compiler:
         for part in [mine] if alone else zip(*(leaf.split(chunk) for leaf in mine), strict=True):
             flat = [*common, *part, *total]
             if signature not in self._programs:
-                self._programs[signature] = self._make(
-                    bounds, flat, pytree.tree_structure((shared, inputs, sums)), most
-                )
-            program = self._programs[signature]
-            done = program.call(*flat)
-            added.append(cast("Added", pytree.tree_unflatten(done, program.result)))
+                fixed = [leaf is shared.x or leaf is shared.y for leaf in flat]
+                arguments = pytree.tree_structure((shared, inputs, sums))
+                self._programs[signature] = self._make(bounds, flat, fixed, arguments, most)
+            compiled = self._programs[signature]
+            done = compiled.call(*flat)
+            added.append(cast("Added", pytree.tree_unflatten(done, compiled.result)))
             total = done[: len(total)]  # the sums come first in Added
         return added
 
-    def _make(self, bounds: Bounds, flat: list[Tensor], arguments: Any, most: int | None) -> Program:
+    def _make(
+        self, bounds: Bounds, flat: list[Tensor], fixed: list[bool], arguments: Any, most: int | None
+    ) -> Compiled:
         flat = _told_apart(flat)
+        if self._recorder:  # whose places are dense
+            flat = [leaf.contiguous() for leaf in flat]
         result: list[Any] = []
 
         def program(*flat: Tensor) -> list[Tensor]:
@@ -232,7 +242,20 @@ class Compiler:
             return done
 
         graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes))
-        return Program(compile_graph(graph, flat), result[0])
+        return Compiled(self._recorded(compile_graph(graph, flat), flat, fixed), result[0])
+
+    def _recorded(self, program: Program, flat: list[Tensor], fixed: list[bool]) -> Program:
+        """The program as a CUDA graph, where there are such and it can be one."""
+        if self._recorder is None:
+            return program
+        try:
+            return Replay(program, flat, fixed, self._recorder())
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            log.warning("CUDA graphs fail here, so compiled programs run kernel by kernel (%s)", first_line(error))
+            self._recorder = None
+            return lambda *now: program(*(leaf.contiguous() for leaf in now))
 
 
 def _told_apart(inputs: list[Tensor]) -> list[Tensor]:

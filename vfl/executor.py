@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import platform
@@ -17,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from vfl.base import Tree, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
+from vfl.cuda_graph import recorder
+from vfl.errors import first_line
 from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
 from vfl.heap import keep_freed_memory
 from vfl.operators import Operators
@@ -66,7 +69,8 @@ class Executor:
         self.chunk = ChunkSize(chunk, 8 * model_bytes, self.device)
         many = torch.get_num_threads() if self.device.type == "cpu" else 1
         self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None, many)
-        self.compiler = Compiler(problem)
+        graphs = functools.partial(recorder, self.device) if self.device.type == "cuda" else None
+        self.compiler = Compiler(problem, graphs)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmap_works = False
         self._compiled_chunk = self._chunk_once = chunk
@@ -164,7 +168,7 @@ class Executor:
             if out_of_memory(error):
                 raise
             self.tuner.give_up("compile")
-            log.warning("compiling failed, so the run goes on without (%s)", _first_line(error))
+            log.warning("compiling failed, so the run goes on without (%s)", first_line(error))
             return None
         if len(self.compiler) > programs:
             round.steady = False
@@ -199,7 +203,7 @@ class Executor:
             mode = "loop"
             self.tuner.give_up("vmap")
             log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
-                        _first_line(error))  # fmt: skip
+                        first_line(error))  # fmt: skip
         return mode, self._learnt(round, results)
 
     def _learnt(self, round: Round, results: Results) -> Results:
@@ -224,7 +228,3 @@ def threads(count: int) -> Iterator[None]:
 
 def _to(clients: Tree, place: torch.device) -> Tree:
     return tree_map(lambda leaf: to_place(leaf, place), clients)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
