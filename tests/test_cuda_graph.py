@@ -33,6 +33,7 @@ class Recordings:
 
     def __init__(self, spoil: Callable[[list[Tensor]], Any] = lambda results: None) -> None:
         self.spoil, self.made, self.replays = spoil, 0, 0
+        self.compilers: list[execute.Compiler] = []
 
     def recorder(self) -> Recorder:
         return Recorder(lambda work: work(), self.record)
@@ -56,7 +57,8 @@ def recorded(monkeypatch):
 
     def use(recordings: Recordings) -> Recordings:
         def compiler(problem: execute.Problem, _: object) -> execute.Compiler:
-            return execute.Compiler(problem, recordings.recorder)
+            recordings.compilers.append(execute.Compiler(problem, recordings.recorder))
+            return recordings.compilers[-1]
 
         monkeypatch.setattr("vfl.executor.Compiler", compiler)
         monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
@@ -104,21 +106,24 @@ def test_a_program_that_cannot_be_replayed_runs_without_and_says_so_once(fault, 
     assert said == [f"CUDA graphs fail here, so compiled programs run kernel by kernel ({why})"]
 
 
-def test_running_out_of_memory_while_recording_halves_the_chunk(recorded, caplog):
-    recordings, full = recorded(Recordings()), []
+@pytest.mark.parametrize("when", ["recording", "replaying"])
+def test_running_out_of_memory_halves_the_chunk_and_frees_the_recordings(when, recorded, caplog):
+    full: list[bool] = []
 
-    def record(work: Work) -> Any:
-        if not full:
+    def fill(results: list[Tensor]) -> None:
+        if not full and (when == "recording" or recordings.replays == 3):
             full.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return Recordings.record(recordings, work)
 
-    recordings.record = record
+    recordings = recorded(Recordings(spoil=fill))
+    task, data, options = regression(), alike(), OPTIONS | {"execution": "compile"}
     with caplog.at_level(logging.WARNING, "vfl"):
-        found = run(ALGORITHMS["fedavg"], regression(), alike(), 3, execution="compile", **OPTIONS)
-    assert_same(found, run(ALGORITHMS["fedavg"], regression(), alike(), 3, **OPTIONS), 1e-9)
+        played = [*vfl.rounds(ALGORITHMS["fedavg"], task, data, 3, **options)]
+    wanted = vfl.simulate(ALGORITHMS["fedavg"], task, data, 3, **OPTIONS, execution="vmap")
+    torch.testing.assert_close(played[-1][0].server.x, wanted.x, rtol=1e-9, atol=1e-9)
     assert [r.getMessage() for r in caplog.records] == ["out of memory with 2 clients at once; going on with 1"]
-    assert recordings.replays > 0
+    assert played[-1][1]["execution"] == "compile" and recordings.made == 2
+    assert len(recordings.compilers[0]) == 1  # the recording of two clients is gone
 
 
 def test_what_stays_is_read_where_it_lies_and_the_rest_is_copied_to_its_place():

@@ -187,6 +187,10 @@ class Compiler:
     def __len__(self) -> int:
         return len(self._programs)
 
+    def forget(self) -> None:
+        """Lets go of all programs, whose recordings hold memory."""
+        self._programs.clear()
+
     def run(
         self,
         signature: Hashable,

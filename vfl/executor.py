@@ -102,6 +102,8 @@ class Executor:
                     else:
                         mode, added = self._run(mode, now, shared, round)
             except Exception as error:
+                if out_of_memory(error):
+                    self.compiler.forget()
                 if not out_of_memory(error) or not self.chunk.halve(clients):
                     raise
                 self._compiled_chunk = self._chunk_once = self.chunk.size
