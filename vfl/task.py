@@ -157,13 +157,10 @@ def task(
     `frozen` names parameters that are not trained, as patterns (`0.*`, `*,!last`; see `vfl.names`).
     They and those with `requires_grad` false are constants outside x, so they are neither sent nor counted; a frozen
     batch norm normalizes by its running statistics and leaves them. Batch norm ignores padding, and dropout
-    draws from the batch's key. Raises UsageError for a module with nothing to train and an unknown `convolution`,
-    and `grad_fn` and `evaluate` raise it for a loss or a metric that is not one value an example.
-    parameters, gradients, losses and all sums stay in `dtype`. Submodules named in `recompute` keep their inputs alone
-    and compute their activations again for the gradient: less memory a client, more time (`vfl.recompute`).
-    Frozen parameters (`requires_grad` false) stay constants outside x. Batch norm ignores padding, and dropout
-    draws from the batch's key. Raises UsageError for a module with nothing to train, and `grad_fn` and `evaluate` raise
-    it for a loss or a metric that is not one value an example.
+    draws from the batch's key. Submodules named in `recompute` keep their inputs alone and compute their activations
+    again for the gradient: less memory a client, more time (`vfl.recompute`). Raises UsageError for a module with
+    nothing to train and an unknown `convolution`, and `grad_fn` and `evaluate` raise it for a loss or a metric that is
+    not one value an example.
     """
     if convolution not in (known := ("auto", *FORMULATIONS)):
         raise unknown("convolution", convolution, known)
