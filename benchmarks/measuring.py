@@ -30,18 +30,25 @@ def in_turn(first: Callable[[], object], second: Callable[[], object], tries: in
     return a, b
 
 
-def by_turns(calls: Sequence[Callable[[], object]], tries: int) -> list[list[float]]:
-    """The same for any number of calls."""
+def by_turns(
+    calls: Sequence[Callable[[], object]], tries: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """The same for any number of calls, by a clock of one's choice."""
     for call in calls:
         call()
-    rounds = [[_timed(call) for call in calls] for _ in range(tries)]
+    rounds = [[_timed(call, clock) for call in calls] for _ in range(tries)]
     return [list(each) for each in zip(*rounds, strict=True)]
 
 
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def processor() -> Callable[[], float]:
+    """This thread's time on a processor where it computes alone, so that other programs are no part of it."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def apart(arguments: Sequence[str], what: object, **variables: str) -> dict[str, Any]:

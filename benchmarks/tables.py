@@ -25,7 +25,7 @@ def terminal(columns: Sequence[Column], rows: Iterable[Row], title: str, caption
         title=title, caption="\n".join(filter(None, [caption, *_reasons(columns, rows)])), caption_justify="left"
     )
     for i, column in enumerate(columns):
-        made.add_column(column.title, justify="right" if i else "left")
+        made.add_column(column.title, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         made.add_row(*_cells(columns, row))
     return made
