@@ -68,8 +68,7 @@ class Diana(ShiftedGradient):
             correction = sent.h - client.h if self.corrected else None
             g, metrics = local_gradient(trainer, vfl.ModelAndRate(sent.x, sent.lr), batches, correction)
             (m, change, bits), client = difference(trainer.compressor, g, client, a, key)
-            payload = Payload(m, () if self.shifts == "zero" else change)
-            return vfl.Message(payload, trainer.weight(batches), bits), client, metrics
+            return vfl.Message(Payload(m, change), trainer.weight(batches), bits), client, metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             m, change = mean.payload

@@ -88,9 +88,8 @@ class Frecon(ShiftedGradient):
             before, cost = local_gradient(trainer, vfl.ModelAndRate(sent.previous, sent.lr), batches, correction)
             (u, change, bits), client = difference(trainer.compressor, g, client, a, u_key)
             q, q_bits = trainer.compressor.compress(g - before, q_key)
-            payload = Payload(u, q, () if self.shifts == "zero" else change)
             metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
-            return vfl.Message(payload, trainer.weight(batches), bits + q_bits), client, metrics
+            return vfl.Message(Payload(u, q, change), trainer.weight(batches), bits + q_bits), client, metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             u, q, change = mean.payload

@@ -4,8 +4,9 @@
     python -m benchmarks.algorithms --algorithms fedprox "scaffold --option 1" --setting.execution compile
 
 Every algorithm with an entry point is measured: its rounds and FedAvg's by turns, all clients in each. A round may take
-1.5 times as long as FedAvg's, and longer in proportion to the sample-gradients that it computes beyond FedAvg's. An
-algorithm that asks for constants that no network has is measured on a quadratic problem, and FedAvg there, too.
+1.5 times as long as FedAvg's, and longer in proportion to the sample-gradients that it computes beyond FedAvg's. Where
+its clients compress, so do FedAvg's, by the same operator: compressors are measured on their own. An algorithm that
+asks for constants that no network has is measured on a quadratic problem, and FedAvg there, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vfl.data.container import FederatedData
 from vfl.engine import RoundMetrics
 from vfl.errors import DivergedError, UsageError
 from vfl.heap import keep_freed_memory
+from vfl.training import IDENTITY
 
 ALLOWED = 1.5
 """How many times as long as FedAvg's a round may take, that computes as many gradients."""
@@ -103,7 +105,8 @@ def measure(text: str, setting: Setting) -> Row:
 
 def _beside_fedavg(config: Any, work: Work, setting: Setting) -> dict[str, Any]:
     # The two play by turns, so that whatever slows the machine down slows both.
-    both = list(zip(_rounds(config, work, setting), _rounds(FedAvg(), work, setting), strict=True))
+    usual = FedAvg(compressor=getattr(config, "compressor", IDENTITY))
+    both = list(zip(_rounds(config, work, setting), _rounds(usual, work, setting), strict=True))
     s, gradients = (
         np.array([[metrics[key] for metrics in turn] for turn in both]) for key in ("seconds", "gradients")
     )  # [rounds, 2]
@@ -112,15 +115,16 @@ def _beside_fedavg(config: Any, work: Work, setting: Setting) -> dict[str, Any]:
     times, as_many = s[:, 0] / s[:, 1], gradients[:, 0] / gradients[:, 1]
     fair = np.maximum(as_many, 1)  # fewer gradients than FedAvg's are the algorithm's merit
     # Relative to what is fair first: rounds of different kinds may alternate.
-    cost, usual = float(np.median(times / fair)), float(fair.mean())
+    cost, extra = float(np.median(times / fair)), float(fair.mean())
     return {
         "model": work.name,
+        "compressor": usual.compressor,
         "execution": both[-1][0]["execution"],
         "s_per_round": float(np.median(s[:, 0])),
         "fedavg_s_per_round": float(np.median(s[:, 1])),
-        "ratio": cost * usual,
+        "ratio": cost * extra,
         "gradients": float(as_many.mean()),
-        "allowed": ALLOWED * usual,
+        "allowed": ALLOWED * extra,
         "holds": cost <= ALLOWED,
     }
 
@@ -136,6 +140,7 @@ def _rounds(config: Any, work: Work, setting: Setting) -> Iterator[RoundMetrics]
 COLUMNS = (
     Column("algorithm", lambda row: row["algorithm"]),
     Column("on", lambda row: f"{row['model']}, {row['execution']}"),
+    Column("compressor of both", lambda row: row["compressor"]),
     Column("ms a round", lambda row: number(1e3 * row["s_per_round"])),
     Column("FedAvg's", lambda row: number(1e3 * row["fedavg_s_per_round"])),
     Column("ratio", lambda row: f"{row['ratio']:.2f}"),
@@ -152,7 +157,8 @@ def section(found: dict[str, Any]) -> str:
         "",
         f"{setting['clients']} clients, all in every round, {setting['examples']} examples of {setting['features']} "
         f"numbers each, batches of {setting['batch']}; medians of {setting['rounds']} rounds by turns with FedAvg's. "
-        f"Allowed is {ALLOWED}, times the sample-gradients relative to FedAvg's where those are more.",
+        f"Where an algorithm's clients compress, so do FedAvg's. Allowed is {ALLOWED}, times the sample-gradients "
+        "relative to FedAvg's where those are more.",
         "",
         *markdown(COLUMNS, found["algorithms"]),
     ]

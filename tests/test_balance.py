@@ -108,5 +108,7 @@ def test_a_stopwatch_reads_the_seconds_between_its_two_moments(monkeypatch):
 )
 def test_no_timing_moves_a_client_where_execution_and_chunk_are_given(options, timed):
     task = regression()
-    engine = vfl.Engine(FedAvg().build(task, N), task, federated(), ranks=vfl.Ranks(0, 2), **options)
+    engine = vfl.Engine(
+        FedAvg().build(task, N), task, federated(), clients_per_round="all", ranks=vfl.Ranks(0, 2), **options
+    )
     assert engine.timed is timed

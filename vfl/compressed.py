@@ -163,7 +163,7 @@ class Difference(NamedTuple):
     """A client's difference to its shift, as the server decodes it."""
 
     m: Tensor  # [D] C(g − hᵢ), or g as it is when a shift starts
-    change: Tensor  # [D] of hᵢ
+    change: Tree  # [D] of hᵢ where it is not a·m for everyone, else (); the server can tell it from m
     bits: Tensor  # []
 
 
@@ -176,8 +176,7 @@ def difference(c: Compressor, g: Tensor, shift: Shift, a: float, key: Tensor) ->
     """What a client with gradient g [D] sends, and its new shift hᵢ + a·C(g − hᵢ); g itself when the shift starts."""
     m, bits = c.compress(g - shift.h, key)
     if isinstance(shift.started, tuple):
-        change = a * m
-        return Difference(m, change, bits), Shift(shift.h + change, ())
+        return Difference(m, (), bits), Shift(torch.add(shift.h, m, alpha=a), ())
     m = torch.where(shift.started, m, g)
     change = torch.where(shift.started, a * m, g)
     bits = torch.where(shift.started, bits, float_bits(g))
@@ -188,17 +187,21 @@ def local_gradient(
     trainer: Trainer, sent: ModelAndRate, batches: Batches, correction: Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
     """The client's gradient [D] at the model sent: the mean over its local steps y ← y − η (g(y) + correction [D])."""
-    y, total, buffers = sent.x, torch.zeros_like(sent.x), batches.buffers
-    loss = examples = sent.x.new_zeros(())
+    y, buffers = sent.x, batches.buffers
+    total = loss = examples = sent.x.new_zeros(())
     for k in range(batches.longest):
         g, aux = trainer.task.grad_fn(y, batches.at(k), buffers)
         if trainer.config.clip_norm is not None:
             g = clip_norm(g, trainer.config.clip_norm)
-        direction = g if correction is None else g + correction
-        after = y - sent.lr.to(y.dtype) * direction, total + g, aux.buffers
+        step = y
+        if k + 1 < batches.longest:  # nobody descends from where the last step would lead
+            direction = g if correction is None else g + correction
+            step = torch.addcmul(y, direction, sent.lr.to(y.dtype), value=-1)
+        after = step, g if k == 0 else total + g, aux.buffers
         if k < batches.shortest:
             y, total, buffers = after
         else:  # clients that are done stay where they are
             y, total, buffers = keep_where(k < batches.steps, after, (y, total, buffers))
         loss, examples = loss + aux.loss, examples + aux.examples
-    return total / batches.steps, Metrics(loss, examples, examples, buffers)
+    mean = total / batches.steps if batches.longest > 1 else total
+    return mean, Metrics(loss, examples, examples, buffers)
