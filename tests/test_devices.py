@@ -138,19 +138,23 @@ P = 0.5
 SILENT = Devices(client_dropout=P)
 
 
-def test_drop_outs_equal_a_simulation_without_them():
+@pytest.mark.parametrize("aggregator", ["mean", "median"])
+def test_drop_outs_equal_a_simulation_without_them(aggregator):
     """FedAvg over those that answer; a round in which nobody does leaves the model."""
-    config, x, up = FedAvg(), regression().x.numpy(), 0
+    config, x, up = FedAvg(aggregator=aggregator), regression().x.numpy(), 0
     silent = []
     for t in range(ROUNDS):
-        total, weight = np.zeros_like(x), 0
+        changes, weights = [], []
         for i, batches in drawn(SEED, t, cohort(t), vfl.Work(4, 1)).items():
             if not lost(t, i, P):
-                change = papers.local_model(x, batches, config.local_lr, lambda g, y: g) - x
-                total, weight, up = total + SIZES[i] * change, weight + SIZES[i], up + BITS
-        x = x + total / weight if weight else x
+                changes.append(papers.local_model(x, batches, config.local_lr, lambda g, y: g) - x)
+                weights.append(SIZES[i])
+        up += BITS * len(changes)
+        if changes:
+            median = aggregator == "median"
+            x = x + (np.median(changes, axis=0) if median else np.average(changes, axis=0, weights=weights))
         silent.append(sum(lost(t, i, P) for i in cohort(t)))
-    found = play(SILENT)
+    found = play(SILENT, config=config)
     assert_same({"x": found["server.x"]}, {"x": x}, 1e-12)
     assert found["metric.unanswered"].tolist() == silent
     assert found["metric.bits_up"][-1] == up > 0

@@ -57,6 +57,12 @@ def test_a_rule_equals_its_definition_in_numpy(spec, S):
     np.testing.assert_allclose(found, RULES[spec](rows, weight), rtol=1e-10, atol=1e-12)
 
 
+def test_a_share_cuts_as_many_as_it_says_whatever_its_float():
+    rows = torch.arange(100, dtype=torch.float64)[:, None] ** 3  # 0.29 · 100 is 28.999999999999996
+    found = vfl.aggregator("trimmed_mean:0.29").combine(rows, torch.ones(100), alone)
+    np.testing.assert_allclose(found, rows[29:71].mean(0), rtol=1e-12)
+
+
 @every_gathered_rule
 def test_a_rule_on_slices_of_the_coordinates_is_the_rule_on_all(spec):
     rows, weight = (torch.from_numpy(part) for part in messages())
