@@ -104,6 +104,7 @@ def test_several_ranks_equal_one(launches, alone, scenario, world):
 def test_the_scenarios_hold_what_they_are_meant_to(launches, alone):
     assert 0 in alone["poisson"]["metric.clients"]
     assert alone["poisson"]["metric.clients"].any()
+    assert (alone["private/central"]["metric.clients"] == [2, 3, 3, 0]).all(), "one of the two has no data"
     assert (alone["two/fedavg"]["metric.clients"] == 2).all()
     assert 0 in np.concatenate([rank["two/fedavg"]["chunks"] for rank in launches[3]]), "a rank without a client"
     assert set(alone["dropped"]["metric.dropped"]) == {0, 1}
