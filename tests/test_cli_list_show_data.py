@@ -433,6 +433,7 @@ def test_commands_run_from_the_command_line(
 @pytest.mark.parametrize(
     ("argv", "text"),
     [(["list", "model"], "'model'"), (["show", "here"], "is not the folder of a run"),
+     (["data", "convert", "femnist"], "`vfl data convert` needs FOLDER, --format; `vfl data convert --help` says"),
      (["show"], "at least one run"), (["data", "get", "digits"], "needs no download"),
      (["data", "get", "mnst"], "did you mean 'mnist'"), (["data", "show", "digits", "--partition", "iidd"], "'iid'")],
 )  # fmt: skip

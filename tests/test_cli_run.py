@@ -385,6 +385,9 @@ def test_ctrl_c_before_the_first_round_ends_without_a_traceback(here, monkeypatc
     monkeypatch.setattr("vfl.cli.experiment.federated", pressed)
     assert vfl("fedavg", *SMALL) == 130
     assert capsys.readouterr().err.count("\n") == 1 and tree(here) == {}
+    monkeypatch.setattr("vfl.cli.data.convert", pressed)
+    assert _main(["data", "convert", "femnist", "out", "--format", "npz"]) == 130
+    assert capsys.readouterr().err == "vfl: stopped\n"
 
 
 # --- bad input ---
@@ -431,6 +434,7 @@ BAD = [
     ("fedvg", "unknown algorithm 'fedvg'; did you mean 'fedavg'?"),
     ("", "vfl run needs an algorithm"),
     ("--rounds 3", "vfl run needs an algorithm"),
+    ("fedavg --clients-per-round 2..5 --clip 1 --noise-multiplier 1", "2..5 is a range, but privacy's noise needs one"),
     ("fedavg --patience 3", "validation_loss is to judge this run but is never measured"),
     ("fedavg --track tensorbord", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
     ("fedavg --data digit", "unknown data set 'digit'; did you mean 'digits'?"),
@@ -693,6 +697,8 @@ def test_the_program_explains_itself(capsys):
         assert _main(argv) == 0
         shown = capsys.readouterr().out
         assert "vfl run ALGORITHM [options]" in shown and max(map(len, shown.splitlines())) <= 80
+    assert _main(["data", "--help"]) == 0
+    assert capsys.readouterr().out in shown
     assert _main(["--version"]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 

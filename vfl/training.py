@@ -47,7 +47,8 @@ class LocalTraining:
     local_optimizer: str = "sgd"
     """Client optimizer, fresh each round: sgd, sgd:momentum=0.9, adam, adamw, yogi, adagrad, rmsprop, lamb, lars."""
     local_schedule: str = "constant"
-    """Factor on the client step size, by round: constant, step, multistep, cosine, exponential, linear (cosine:100)."""
+    """Factor on the client step size, by round: constant, step:30, multistep:50,80, cosine:100, exponential:0.99,
+    linear:5 (warm-up), ramp:5,20,50 (up, keep, decay); a + joins two (`vfl list schedules`)."""
     clip_norm: float | None = None
     """Largest norm of a local gradient; longer ones are scaled down to it."""
     weighting: Literal["examples", "uniform", "steps"] = "examples"

@@ -11,7 +11,13 @@ from vfl.cli.launch import RANK_LOST
 from vfl.distributed import local_rank
 from vfl.errors import ClientError, DivergedError, RankLostError, UsageError, unknown
 
-USAGE = """\
+DATA = """\
+  vfl data get NAME             download a data set
+  vfl data show NAME            how a data set is dealt to clients: table, plot
+  vfl data convert SOURCE FOLDER --format FORM
+                                write one as LEAF or FLUTE read it, or as npz
+"""
+USAGE = f"""\
 vfl: federated-learning simulation
 
   vfl run ALGORITHM [options]   run an experiment
@@ -20,11 +26,7 @@ vfl: federated-learning simulation
                                 partitions, samplers, optimizers, schedules,
                                 regularizers, compressors, aggregators
   vfl show RUN [RUN ...]        what a run's folder holds; several are compared
-  vfl data get NAME             download a data set
-  vfl data show NAME            how a data set is dealt to clients: table, plot
-  vfl data convert NAME FOLDER --format FORM
-                                write it as LEAF or FLUTE read it, or as npz
-  vfl privacy --clients N ...   the noise of a target ε, or the ε of a noise
+{DATA}  vfl privacy --clients N ...   the noise of a target ε, or the ε of a noise
 
 A first run, on embedded data:
 
@@ -66,7 +68,7 @@ def _main(argv: list[str]) -> int:
             _say(str(error))
         return RANK_LOST
     except KeyboardInterrupt:
-        _say("stopped; a run goes on from its newest checkpoint with --resume")
+        _say("stopped" + "; a run goes on from its newest checkpoint with --resume" * (argv[0] == "run"))
         return 130
     except Exception as error:
         if not out_of_memory(error):
@@ -97,6 +99,9 @@ def _command(name: str, argv: list[str]) -> int:
         "list": List, "show": Show, "data get": DataGet, "data show": DataShow, "data convert": DataConvert,
         "privacy": PrivacyCommand,
     }  # fmt: skip
+    if name == "data" and argv[:1] in (["-h"], ["--help"]):
+        print(DATA, end="")
+        return 0
     if name == "data":
         if not argv or argv[0] not in ("get", "show", "convert"):
             raise UsageError(

@@ -53,6 +53,11 @@ def parse(cls: type[T], arguments: Sequence[str], command: str, options: Collect
     return found
 
 
+def unset(meaning: str) -> Any:
+    """For an annotation: what `--help` says in place of `(default: none)`."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
+
+
 def _superfluous(argument: str, command: str, flags: list[str]) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no option of `{command}`; `{command} --help` shows them"
@@ -64,6 +69,10 @@ def _superfluous(argument: str, command: str, flags: list[str]) -> str:
 
 def _sentence(box: str) -> str:
     """What is said in the first part of tyro's framed message, under its title."""
+    if command := re.search(r"Missing from (.+?):", box):
+        listed = box.partition("For full helptext")[0]
+        missing = ", ".join(re.findall(r"^[│ ] {5}(\S+)", listed, re.MULTILINE))  # what they are stands further right
+        return f"`{command[1]}` needs {missing}; `{command[1]} --help` says what they are"
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     rules = [i for i, line in enumerate(lines) if not line.strip("─-╰╯")]
     if rules[:1] == [0]:  # without a frame, a rule underlines the title

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from vfl.cli.arguments import unset
 from vfl.data import FederatedData, federated, get, label_table, plot_labels, summary
 from vfl.data.convert import convert
 from vfl.data.download import Progress as Report
@@ -34,9 +35,9 @@ class DataGet:
 
     name: Name
     """Which one (`vfl list data`)."""
-    data_root: Path | None = None
-    """Folder of the data sets; it goes into a folder of its own there. Default: $VFL_DATA, else the user's cache."""
-    url: str | None = None
+    data_root: Annotated[Path | None, unset("$VFL_DATA, else the user's cache")] = None
+    """Folder of the data sets; it goes into a folder of its own there."""
+    url: Annotated[str | None, unset("the official address")] = None
     """Folder on the web to take the files from in place of the official address."""
 
     def run(self) -> None:
@@ -53,16 +54,16 @@ class DataShow:
 
     name: Name
     """Data set, with its parameters if it has any (`vfl list data`)."""
-    partition: str | None = None
-    """How the examples are dealt (`vfl list partitions`). Default: natural where the data has users, else iid."""
-    clients: int | None = None
-    """Number of clients. Default: what the data says for natural, else 100."""
+    partition: Annotated[str | None, unset("natural where the data has users, else iid")] = None
+    """How the examples are dealt (`vfl list partitions`)."""
+    clients: Annotated[int | None, unset("what the data says for natural, else 100")] = None
+    """Number of clients."""
     seed: int = 0
     """Seed of the draw."""
-    data_root: Path | None = None
-    """Folder of the data sets. Default: $VFL_DATA, else the user's cache."""
-    out: Path | None = None
-    """The picture's file; its ending (.png, .pdf, .svg) says the format. Default: named after the data, here."""
+    data_root: Annotated[Path | None, unset("$VFL_DATA, else the user's cache")] = None
+    """Folder of the data sets."""
+    out: Annotated[Path | None, unset("named after the data, here")] = None
+    """The picture's file; its ending (.png, .pdf, .svg) says the format."""
 
     def run(self) -> None:
         """Prints the tables, draws the picture and says where it lies."""
@@ -97,8 +98,8 @@ class DataConvert:
     """Where the files go, one for train and one for test (npz: one for both)."""
     format: Literal["leaf", "flute_json", "flute_hdf5", "npz"]
     """The form; flute_hdf5 needs the extra hdf5."""
-    data_root: Path | None = None
-    """Folder of the data sets. Default: $VFL_DATA, else the user's cache."""
+    data_root: Annotated[Path | None, unset("$VFL_DATA, else the user's cache")] = None
+    """Folder of the data sets."""
 
     def run(self) -> None:
         """Writes the files and says what they hold."""

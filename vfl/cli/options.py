@@ -63,7 +63,8 @@ class RunOptions:
     regularizer: Annotated[str | None, _default("none")] = None
     """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"
-    """Clients that take part in a round: a count, a fraction of the population (0.1 or 10%), or all."""
+    """Clients that take part in a round: a count, a fraction of the population (0.1 or 10%), all, or a range from
+    which each round draws a count (5..20)."""
     sampling: str = "uniform"
     """How they are drawn: uniform (without replacement), replacement, poisson, weighted (by size), or fixed:0,3,5."""
     rounds: int = 100
