@@ -14,6 +14,7 @@ from rich.table import Table
 PHASES = ("sampling", "data", "clients", "reduction", "server", "states", "evaluation")
 """In order: drawing the cohort; gathering minibatches' indices and client states; the clients' local work with their
 sums; the all-reduce and its numbers; the server's step; writing client states; evaluation."""
+_FIRST, _TRACED = 2, 3  # the first round of the trace, and how many it holds
 PREFIX = "seconds_"  # of the metrics that a profiled run adds
 
 
@@ -57,24 +58,28 @@ class Clock:
 
 
 def summary(history: Sequence[Mapping[str, Any]]) -> Table:
-    """Milliseconds a round in each phase, and their share, over all rounds but the first, which warms up."""
+    """Milliseconds a round in each phase, and their share, evaluation included.
+
+    The first rounds are left out where there are more: one warms up, and those that `traced` records take longer.
+    """
     rows = [row for row in history if PREFIX + PHASES[0] in row]
-    rows = rows[1:] or rows
-    table = Table(title="where a round's time goes", caption=f"mean of {len(rows)} rounds", min_width=36)
+    rows = rows[_FIRST + _TRACED - 1 :] or rows[1:] or rows
+    count = f"{len(rows)} round{'s' * (len(rows) > 1)}"
+    table = Table(title="where a round's time goes", caption=f"mean of the last {count}", min_width=36)
     table.add_column("phase")
     table.add_column("ms a round", justify="right")
     table.add_column("share", justify="right")
     mean: dict[str, float] = {phase: sum(row[PREFIX + phase] for row in rows) / max(len(rows), 1) for phase in PHASES}
     total = sum(row["seconds"] for row in rows) / max(len(rows), 1) + mean["evaluation"]
     mean["other"] = max(total - sum(mean.values()), 0.0)
-    for phase, seconds in mean.items():
+    for phase, seconds in [*mean.items(), ("a round", total)]:
         table.add_row(phase, f"{1e3 * seconds:.2f}", f"{seconds / total:.1%}" if total else "")
     return table
 
 
 @contextlib.contextmanager
-def traced(path: Path | None, first: int = 2, rounds: int = 3) -> Iterator[Any]:
-    """Yields a function to call after each round; rounds first … first + rounds − 1 are written as a Chrome trace.
+def traced(path: Path | None) -> Iterator[Any]:
+    """Yields a function to call after each round; three rounds from the second on are written as a Chrome trace.
 
     None as the path traces nothing.
     """
@@ -84,7 +89,7 @@ def traced(path: Path | None, first: int = 2, rounds: int = 3) -> Iterator[Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    wanted = torch.profiler.schedule(wait=first - 2, warmup=1, active=rounds, repeat=1)
+    wanted = torch.profiler.schedule(wait=_FIRST - 2, warmup=1, active=_TRACED, repeat=1)
     with torch.profiler.profile(
         activities=activities, schedule=wanted, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
     ) as profiler:
