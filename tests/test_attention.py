@@ -7,7 +7,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vfl import random
 from vfl.attention import FUSED, register
+from vfl.layers import functionalize
+from vfl.task import Batch, task
 
 C, B, N, T, E = 3, 2, 4, 5, 6
 MASKS = {
@@ -92,3 +95,64 @@ def test_torchs_attention_layer_runs_under_vmap(need_weights):
         return (functional_call(layer, named, (x, x, x), {"need_weights": need_weights})[0] ** 3).sum()
 
     close(vmap(grad(loss, tuple(range(1 + len(w)))))(x, *w.values()), by_loop(loss, x, *w.values()))
+
+
+KINDS = {
+    "plain": ({}, {}),
+    "batch first": ({"batch_first": True}, {"need_weights": False}),
+    "no bias": ({"bias": False}, {"average_attn_weights": False}),
+    "other keys": ({"kdim": 6, "vdim": 4}, {}),
+    "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, {"key_padding_mask": torch.arange(T) > 3}),
+    "causal": ({"batch_first": True}, {"is_causal": True, "attn_mask": torch.ones(T, T, dtype=torch.bool).triu(1)}),
+    "a mask a head": ({}, {"attn_mask": torch.linspace(0, 1, B * 2 * T * T, dtype=F64).reshape(B * 2, T, T)}),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_with_dropout_is_torchs_but_for_the_draw(kind, alone):
+    options, call = KINDS[kind]
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(8, 2, dropout=0.0, **options).to(F64)
+    ours = functionalize(nn.MultiheadAttention(8, 2, dropout=0.5, **options).to(F64))
+    ours.load_state_dict(theirs.state_dict())
+    ours.drop.p = 0.0
+    shape = (B, T) if options.get("batch_first") else (T, B)
+    inputs = [torch.randn(*shape, n, dtype=F64) for n in (8, options.get("kdim", 8), options.get("vdim", 8))]
+    call = dict(call)
+    if alone:
+        one = 0 if options.get("batch_first") else 1
+        inputs = [t.select(one, 0) for t in inputs]
+        if kind == "a mask a head":
+            call["attn_mask"] = call["attn_mask"][:2]
+    elif "key_padding_mask" in call:
+        call["key_padding_mask"] = call["key_padding_mask"].expand(B, -1)
+    for found, expected in zip(ours(*inputs, **call), theirs(*inputs, **call), strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            close(found, expected)
+
+
+class Encoder(nn.Module):
+    """Torch's own layer with its default dropout of 0.1, which is in attention, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[:, 0]
+
+
+def test_a_clients_dropout_is_the_same_alone_and_among_others():
+    torch.manual_seed(0)
+    problem = task(Encoder(), dtype=F64)
+    x, y, mask = torch.randn(B, T, 8, dtype=F64), torch.arange(B), torch.ones(B, dtype=torch.bool)
+    keys = random.split(random.key(0), C)
+
+    def gradient(key):
+        return problem.grad_fn(problem.x, Batch(x, y, mask, key), ())[0]
+
+    found = vmap(gradient)(keys)
+    close(found, torch.stack([gradient(key) for key in keys]))
+    assert (found[0] - found[1]).abs().max() > 1e-3

@@ -2,9 +2,9 @@
 
 Two read what their torch originals lack from a buffer that the task swaps in for one call: batch norm the mask of the
 real examples (padding must not enter the statistics), dropout a random key (so that a client draws the same noise in
-any chunk and on any rank). Recurrent layers (`vfl.recurrence`) are written out, since vmap has no rule for torch's.
-Convolutions (`vfl.convolution`) and other norms (`vfl.normalization`) stay what they are, but choose how many clients'
-are computed.
+any chunk and on any rank), within attention too (`vfl.attention`). Recurrent layers (`vfl.recurrence`) are written out,
+since vmap has no rule for torch's. Convolutions (`vfl.convolution`) and other norms (`vfl.normalization`) stay what
+they are, but choose how many clients' are computed.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def functionalize(module: nn.Module, convolution: Wanted = "auto") -> nn.Module:
         elif isinstance(layer, nn.RNNBase) and FunctionalRNN.takes(layer):
             count += 1
             swapped[layer] = FunctionalRNN(layer, KeyedDropout(layer.dropout, False, count))
+        elif type(layer) is nn.MultiheadAttention:
+            count += 1
+            attention.KeyedAttention.of(layer, KeyedDropout(layer.dropout, False, count))
         elif isinstance(layer, nn.modules.conv._ConvNd):
             choose_formulation(layer, convolution)
         elif isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
