@@ -5,6 +5,7 @@ Letters: T positions, B batch, H hidden units, G gates (4 for an LSTM, 3 for a G
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfl.errors import UsageError
+from vfl.operation import Operation, apply, available, each, vmapped
 
 # An LSTM's positions are one opaque operator, and their gradient another: under vmap all clients run in one plain loop
 # without vmap's own work for each of its small operations, and torch.compile sees two nodes, not thousands.
@@ -127,6 +129,41 @@ class _LSTMGradient(torch.autograd.Function):
         return torch.func.vjp(_lstm_gradient, *ctx.saved_tensors)[1](grad_outputs)
 
 
+def _onednn(*inputs: Tensor, train: bool) -> tuple[Tensor, ...]:
+    """One client's layer by oneDNN: (x, W, W, b, b, h, c) → every h, the last h and c, and what its gradient needs."""
+    H = inputs[5].shape[-1]
+    return torch.ops.aten.mkldnn_rnn_layer(*inputs, False, [], _LSTM, H, 1, True, False, False, train)
+
+
+def _fused_forward(*given: Tensor) -> tuple[Tensor, ...]:
+    inputs = [t.contiguous() for t in given]  # as oneDNN takes for granted
+    hs, _, c, _ = _onednn(*inputs, train=False)
+    return (torch.cat([hs, c[None]]),)
+
+
+def _fused_backward(u: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    inputs = [t.contiguous() for t in given]
+    # What the first pass could have kept is 16 times as large as its outputs, so that this one makes it again.
+    hs, h, c, workspace = _onednn(*inputs, train=True)
+    dhs, dc = u[:-1].contiguous(), u[-1].contiguous()
+    return torch.ops.aten.mkldnn_rnn_layer_backward(
+        *inputs, hs, h, c, dhs, torch.zeros_like(h), dc, False, _LSTM, h.shape[-1], 1, True, True, False, [], False,
+        workspace,
+    )  # fmt: skip
+
+
+def _fused_formula(x: Tensor, w_x: Tensor, w_h: Tensor, b_x: Tensor, b_h: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    hs, cs, _ = _lstm(functional.linear(x, w_x, b_x + b_h), w_h, h, c)
+    return torch.cat([hs, cs[-1:]])
+
+
+_LSTM = 2  # torch's number for it
+_LEAST = 2**14  # multiplications of a client's position from which on this is faster than the loop over positions
+_FUSED = Operation(7, functools.partial(each, _fused_forward), functools.partial(each, _fused_backward), _fused_formula)
+"""A layer for float32 on a CPU: x [T, B, ·], w_x [4H, ·], w_h [4H, H], b_x and b_h [4H], h and c [B, H] → every h, and
+the last c after them [T + 1, B, H]."""
+
+
 def _gru(z: Tensor, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """One step: z [B, 3H] from the input, h [B, H] → the new h."""
     (r_x, u_x, n_x), (r_h, u_h, n_h) = z.chunk(3, -1), functional.linear(h, w, b).chunk(3, -1)
@@ -140,6 +177,13 @@ def _plain(nonlinearity: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
 
 CELLS = {"GRU": _gru, "RNN_TANH": _plain(torch.tanh), "RNN_RELU": _plain(torch.relu)}
 """The cells that autograd differentiates step by step, by torch's name of the mode."""
+
+
+def _serves(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN is to compute a layer's many clients, for the numbers of one of them: x [T, B, ·], w [4H, H]."""
+    enough = x.shape[1] * w.numel() >= _LEAST and x.numel() > 0
+    takes = x.dtype == w.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return enough and takes and vmapped() and available(x)
 
 
 class FunctionalRNN(nn.Module):
@@ -187,9 +231,12 @@ class FunctionalRNN(nn.Module):
         """Nothing: there is no packed copy of the parameters to renew."""
 
     def _layer(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer over all positions: every h, and for an LSTM every c, else h again [T, B, H]."""
+        """One layer over all positions: every h [T, B, H], and for an LSTM every c or the last, else h again."""
         w_x, w_h = (getattr(self, f"weight_{kind}_l{layer}") for kind in ("ih", "hh"))
         b_x, b_h = (getattr(self, f"bias_{kind}_l{layer}", None) for kind in ("ih", "hh"))
+        if self.mode == "LSTM" and b_x is not None and b_h is not None and _serves(x, w_h):
+            found = apply(_FUSED, x, w_x, w_h, b_x, b_h, h, c)[0]
+            return found[:-1], found[-1:]
         if self.mode == "LSTM":
             z = functional.linear(x, w_x, None if b_x is None or b_h is None else b_x + b_h)
             hs, cs, _ = LSTMRecurrence.apply(z, w_h, h, c)
