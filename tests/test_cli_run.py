@@ -434,7 +434,7 @@ BAD = [
     ("fedvg", "unknown algorithm 'fedvg'; did you mean 'fedavg'?"),
     ("", "vfl run needs an algorithm"),
     ("--rounds 3", "vfl run needs an algorithm"),
-    ("fedavg --clients-per-round 2..5 --clip 1 --noise-multiplier 1", "2..5 is a range, but privacy's noise needs one"),
+    ("fedavg --clients-per-round 2..5 --clip 1 --noise-multiplier 1", "2..5 is a range, and here it takes one number"),
     ("fedavg --patience 3", "validation_loss is to judge this run but is never measured"),
     ("fedavg --track tensorbord", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
     ("fedavg --data digit", "unknown data set 'digit'; did you mean 'digits'?"),

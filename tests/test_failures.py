@@ -175,14 +175,15 @@ class OwnNoise(Branching):
         return self.layer(x + torch.rand_like(x))
 
 
-@pytest.mark.parametrize("module", [Branching, OwnNoise])
-def test_a_model_that_vmap_cannot_take_runs_in_a_loop_after_one_warning(module, caplog):
+@pytest.mark.parametrize(("module", "why"), [(Branching, "item()"), (OwnNoise, "nn.Dropout, unlike F.dropout")])
+def test_a_model_that_vmap_cannot_take_runs_in_a_loop_after_one_warning(module, why, caplog):
     options = {"task": make_task(module()), "data": federated(), "rounds": 3, "evaluation": OFF, **PARTIAL}
     wanted = run(Scaffold(), execution="loop", **options)
     with caplog.at_level(logging.WARNING, logger="vfl"):
         state, history = vfl.simulate(Scaffold(), chunk=4, **options)
     (warning,) = caplog.records
     assert warning.getMessage().startswith("this model or algorithm cannot run under vmap, so clients run one by one")
+    assert why in warning.getMessage()
     assert {m["execution"] for m in history} == {"loop"}
     assert_same(numbers_of(state, history), wanted, 0)
 

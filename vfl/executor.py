@@ -31,6 +31,8 @@ log = logging.getLogger("vfl")
 
 ONCE = 16  # so many times a core's cache may models take where nothing is read twice: what a chunk costs weighs more
 
+OWN_NOISE = "it draws random numbers that no client's key decides; nn.Dropout, unlike F.dropout, draws them by the key"
+
 
 class Round:
     """What the chunks of a round have left so far on this rank."""
@@ -204,8 +206,9 @@ class Executor:
                 raise
             mode = "loop"
             self.tuner.give_up("vmap")
+            drawn = "randomness" in str(error)  # torch's advice is about vmap's options, which nobody here sets
             log.warning("this model or algorithm cannot run under vmap, so clients run one by one from here on (%s)",
-                        first_line(error))  # fmt: skip
+                        OWN_NOISE if drawn else first_line(error))  # fmt: skip
         return mode, self._learnt(round, results)
 
     def _learnt(self, round: Round, results: Results) -> Results:

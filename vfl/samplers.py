@@ -48,7 +48,8 @@ def _amount(amount: Amount, population: int) -> int | float:
     """A count (int) from 1 to the population, or a share (float) in (0, 1]."""
     text = str(amount).strip()
     if ".." in text:
-        raise UsageError(f"clients-per-round {text} is a range, and here it takes one number of clients a round")
+        raise UsageError(f"clients-per-round {text} is a range, and here it takes one number of clients a round: a count, "
+                         "a fraction (0.1 or 10%) or 'all'")  # fmt: skip
     try:
         if text == "all":
             return population
@@ -59,9 +60,6 @@ def _amount(amount: Amount, population: int) -> int | float:
         else:
             value = int(text)
     except ValueError:
-        if ".." in text:
-            raise UsageError(f"clients-per-round {text} is a range, but privacy's noise needs one size of the cohorts; "
-                             "give a count, a fraction (0.1 or 10%) or 'all'") from None  # fmt: skip
         raise UsageError(f"clients-per-round {text!r} is not a count, a fraction (0.1 or 10%) or 'all'") from None
     if isinstance(value, float) and not 0 < value <= 1:
         raise UsageError(f"clients-per-round {text!r} is a fraction outside (0, 1]; write a whole number for a count")

@@ -84,6 +84,7 @@ def _sentence(box: str) -> str:
 
 
 _REWORDED = {  # so that each is one sentence
+    r"^Error parsing [a-z]\S*: ": "",  # a group of options, whose own check names the option
     r"^Error parsing (\S+): (?=must)": r"\1 ",
     r"^Error parsing ": "",
     r"^Missing value for argument '(\S+)'\. Expected 1 values": r"\1 needs a value",

@@ -115,7 +115,7 @@ def _value(argv: list[str], option: str) -> str | None:
 
 
 def _merged(name: str, cls: type[AlgorithmConfig]) -> Any:
-    flat, no_pairs = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
+    flat, no_pairs = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
     made = dataclasses.make_dataclass(
         name,
         [
