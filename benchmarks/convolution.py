@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import tyro
@@ -25,7 +25,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional
 
 from benchmarks.measuring import by_turns, result, save
-from benchmarks.tables import Column, Row, mark, number, terminal
+from benchmarks.tables import Column, Row, mark, markdown, number, terminal
 from vfl.convolution import Wanted, convolution
 from vfl.errors import UsageError, unknown
 from vfl.formulations import Geometry
@@ -132,6 +132,19 @@ COLUMNS = (
     *map(_rate, ("loop", "torch", "each", "grouped", "unfold", "auto")),
     Column("ratio", lambda row: f"{row['ratio']:.2f} {mark(row['holds'])}"),
 )
+
+
+def section(found: dict[str, Any]) -> str:
+    """The report's section."""
+    return "\n".join([
+        "## Convolutions with weights of each client's own",
+        "",
+        f"Gflop/s forward and backward, batches of {found['batch']} images a client: a loop over "
+        "the clients, torch's vmap, vfl's three ways and the one it chooses. The ratio is the chosen one's time over "
+        "that of the best of loop and torch (≤ 1.05).",
+        "",
+        *markdown(COLUMNS, found["layers"]),
+    ])  # fmt: skip
 
 
 def main(

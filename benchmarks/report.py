@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import algorithms, growth, layers, memory, roofline, sampling
+from benchmarks import algorithms, convolution, growth, layers, memory, roofline, sampling
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import header, line, number
 from vfl.errors import UsageError
@@ -147,6 +147,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory.section,
     "sampling": sampling.section,
     "layers": layers.section,
+    "convolution": convolution.section,
 }
 """A benchmark's name, in its file's `benchmark` → its section."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import convolution
+from benchmarks import convolution, report
 from benchmarks.convolution import LAYERS, flops, ways
 from vfl.errors import UsageError
 
@@ -22,6 +22,7 @@ def test_every_way_is_timed_and_written_down(tmp_path, capsys):
     assert all(row[way] > 0 for way in ("loop", "torch", "each", "grouped", "unfold", "auto"))
     assert row["holds"] == (row["ratio"] <= convolution.ALLOWED)
     assert "lenet-2" in capsys.readouterr().out
+    assert "| lenet-2 | 2 |" in report.render([path])
 
 
 @pytest.mark.parametrize("name", ["lenet-1", "lenet-2"])
