@@ -1,10 +1,11 @@
-"""How a round's time and memory grow: with the population, the cohort, the model, the local work and the ranks.
+"""How a round's time and memory grow: with the population, the cohort, the model, local work, ranks and replicas.
 
     python -m benchmarks.scaling --what population     # 1,000 to 10,000,000 clients, same cohort
     python -m benchmarks.scaling --what cohort         # 10 to 5,000 clients
-    python -m benchmarks.scaling --what dimension      # models of 1,000 to 10,000,000 parameters
+    python -m benchmarks.scaling --what dimension      # models of 1,000 to 100,000,000 parameters
     python -m benchmarks.scaling --what steps          # 1 to 50 local steps
     python -m benchmarks.scaling --what ranks          # 1 and 2 processes of one thread
+    python -m benchmarks.scaling --what replicas       # 1 to 50 runs at once, which differ in their seeds
     python -m benchmarks.scaling --what overhead       # a round with next to nothing to compute: at most 2 ms
 
 Every row is a process of its own, so that its peak memory is its own, with one thread unless OMP_NUM_THREADS says
@@ -70,6 +71,8 @@ class Case:
     """How clients are computed."""
     ranks: int = 1
     """Processes that share the cohort."""
+    replicas: int = 1
+    """Runs that are played at once."""
 
 
 class Axis(NamedTuple):
@@ -94,20 +97,26 @@ AXES: dict[str, Axis] = {
         (10, 100, 500, 1_000, 5_000), lambda case, S: replace(case, cohort=S, population=max(S, case.population))
     ),
     "dimension": Axis(
-        (10**3, 10**4, 10**5, 10**6, 10**7),
-        lambda case, D: replace(case, model="mlp:{0},{0}".format(_width(case, D))),
+        (10**3, 10**4, 10**5, 10**6, 10**7, 10**8),
+        lambda case, D: replace(
+            case, model="mlp:{0},{0}".format(_width(case, D)), cohort=max(min(case.cohort, 10**9 // D), 1)
+        ),
     ),
     "steps": Axis((1, 2, 5, 10, 20, 50), lambda case, K: replace(case, steps=K)),
     "ranks": Axis((1, 2), lambda case, R: replace(case, ranks=R, model="mlp", features=784, examples=60, steps=3)),
+    "replicas": Axis(
+        (1, 2, 5, 10, 20, 50),
+        lambda case, R: replace(case, replicas=R, population=10, cohort=10, features=4, classes=4),
+    ),
     # 4 features of 2 classes: a model of 10 parameters.
     "overhead": Axis(
         ("vmap", "compile", "loop"),
         lambda case, execution: replace(case, execution=execution, cohort=1, features=4, classes=2, steps=1),
     ),
 }
-"""By name. Three set more than their own value: populations have clients of 2 examples of 4 numbers, ranks share the
-work of the throughput benchmark's mlp, and overhead is measured on one client with one step of a model of 10
-parameters."""
+"""By name. Some set more than their own value: populations have clients of 2 examples of 4 numbers, the largest models
+have cohorts of 10, ranks share the work of the throughput benchmark's mlp, replicas are of 10 clients with a model of
+20 parameters, and overhead is measured on one client with one step of a model of 10."""
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -124,7 +133,7 @@ def measure(case: Case) -> dict[str, float]:
         stream = vfl.rounds(
             FedAvg(), task, data, case.rounds + WARM_UP, clients_per_round=case.cohort, chunk=chunk, ranks=ranks,
             execution=case.execution, local_steps=case.steps, evaluation=vfl.Evaluation(every=0),
-            stop=_after(case.seconds),
+            stop=_after(case.seconds), replicas=case.replicas if case.replicas > 1 else None,
         )  # fmt: skip
         seconds += [metrics["seconds"] for _, metrics in stream]
     held = data.clients.x.nbytes + data.clients.y.nbytes + data.clients.offsets.nbytes
@@ -163,7 +172,7 @@ def measured_apart(case: Case) -> dict[str, float]:
 
 
 def main(
-    what: Literal["population", "cohort", "dimension", "steps", "ranks", "overhead", "case"],
+    what: Literal["population", "cohort", "dimension", "steps", "ranks", "replicas", "overhead", "case"],
     case: Case = Case(),
     values: tuple[int, ...] = (),
     repeats: int = 3,
@@ -192,7 +201,7 @@ def main(
             found.append(measured_apart(AXES[what].at(case, value)))
             said = f"{number(1e3 * found[-1]['s_per_round'])} ms a round"
             progress.print(f"{turn}/{repeats} {what} {value}: {said}", highlight=False)
-    rows = [_row(value, AXES[what].at(case, value).cohort, found) for value, found in runs.items()]
+    rows = [_row(value, AXES[what].at(case, value), found) for value, found in runs.items()]
     Console().print(terminal(columns(what, rows[0]["s_per_round"]), rows, f"scaling with the {what}"))
     if json is not None:
         drawn = bool(importlib.util.find_spec("matplotlib")) and len(rows) > 1 and what != "overhead"
@@ -209,10 +218,10 @@ def common(cases: Sequence[Case]) -> dict[str, Any]:
     return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
 
 
-def _row(value: int | str, cohort: int, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _row(value: int | str, case: Case, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The repeats of a row as one: medians."""
     middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    rate = cohort / middle["s_per_round"]
+    rate = case.cohort * case.replicas / middle["s_per_round"]
     return {"value": value, "clients_per_s": rate, **middle, "parameters": int(middle["parameters"]), "runs": runs}
 
 

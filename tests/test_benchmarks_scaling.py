@@ -98,13 +98,19 @@ def test_the_overhead_is_that_of_one_step_of_ten_parameters():
     assert found["rounds"] == FEW.rounds
 
 
+def test_replicas_are_played_at_once():
+    found = scaling.measure(scaling.AXES["replicas"].at(FEW, 3))
+    assert found["parameters"] == 20
+    assert found["rounds"] == FEW.rounds
+
+
 def test_a_case_ends_when_its_time_is_over_but_not_before_three_rounds(capsys):
     arguments = [f"--case.{key}={value}" for key, value in (asdict(FEW) | {"rounds": 40, "seconds": 0.0}).items()]
     tyro.cli(scaling.main, args=["--what", "case", *arguments])
     assert json.loads(capsys.readouterr().out)["rounds"] == scaling.FEWEST == 3
 
 
-@pytest.mark.parametrize("what", ["population", "steps", "ranks", "overhead"])
+@pytest.mark.parametrize("what", ["population", "steps", "ranks", "replicas", "overhead"])
 def test_an_axis_is_measured_written_drawn_and_rendered(what, tmp_path, monkeypatch):
     measured = []
 
