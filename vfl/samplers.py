@@ -48,8 +48,8 @@ def _amount(amount: Amount, population: int) -> int | float:
     """A count (int) from 1 to the population, or a share (float) in (0, 1]."""
     text = str(amount).strip()
     if ".." in text:
-        raise UsageError(f"clients-per-round {text} is a range, and here it takes one number of clients a round: a count, "
-                         "a fraction (0.1 or 10%) or 'all'")  # fmt: skip
+        raise UsageError(f"clients-per-round {text} is a range, and here it takes one number of clients a round: a "
+                         "count, a fraction (0.1 or 10%) or 'all'")  # fmt: skip
     try:
         if text == "all":
             return population
