@@ -108,7 +108,9 @@ class Executor:
                     self.compiler.forget()
                 if not out_of_memory(error) or not self.chunk.halve(clients):
                     raise
-                self._compiled_chunk = self._chunk_once = self.chunk.size
+                if self._compiled_chunk is not None and self._chunk_once is not None:
+                    self._compiled_chunk = min(self._compiled_chunk, self.chunk.size)
+                    self._chunk_once = min(self._chunk_once, self.chunk.size)
                 round.steady = False
                 continue
             if added is None:
