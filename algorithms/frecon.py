@@ -66,6 +66,7 @@ class Frecon(ShiftedGradient):
         trainer = self.trainer(task)
         omega = self.unbiased(trainer)
         a = 1 / (1 + omega)
+        task.refuse_private(self.method)
 
         def init_server(x: Tensor) -> Server:
             g, h, held = torch.zeros_like(x), torch.zeros_like(x), torch.ones((), dtype=torch.bool, device=x.device)

@@ -79,6 +79,7 @@ class Marina(CompressedGradient):
         """The algorithm for this task and N = population clients. Raises UsageError for a biased compressor."""
         trainer = self.trainer(task)
         p = self.probability(self.unbiased(trainer))
+        task.refuse_private(self.method)
 
         def init_server(x: Tensor) -> Server:
             yes = torch.ones((), dtype=torch.bool, device=x.device)

@@ -131,8 +131,9 @@ class Mime(MimeOptions):
     """Mime: the server's optimizer, frozen, and control variates in local steps (Karimireddy et al., 2008.03606)."""
 
     def build(self, task: vfl.Task, population: int) -> vfl.Algorithm:
-        """The algorithm for this task."""
+        """The algorithm for this task. Raises UsageError for one with private gradients of single examples."""
 
+        task.refuse_private("mime")
         trainer = self.trainer(task)
 
         def init_server(x: Tensor) -> Server:

@@ -10,6 +10,9 @@ from papers import DATA, Array, gradient
 
 import vfl
 from algorithms.fedavg import FedAvg
+from algorithms.frecon import Frecon
+from algorithms.marina import Marina, PPMarina, VRMarina
+from algorithms.mime import Mime
 from vfl.privacy import private_gradients
 from vfl.privacy.central import NOISE
 
@@ -54,6 +57,13 @@ def test_a_run_with_private_gradients_is_the_same_under_vmap_and_loop_and_in_any
             for how in ({"chunk": 100}, {"chunk": 2}, {"execution": "loop"})]  # fmt: skip
     for other in runs[1:]:
         assert_same(other, runs[0], 1e-9)
+
+
+@pytest.mark.parametrize("method", [Marina, PPMarina, VRMarina, Frecon, Mime])
+def test_methods_that_compare_two_gradients_of_one_minibatch_are_refused(method):
+    with pytest.raises(vfl.UsageError, match=f"{method.__name__.lower()} compares two gradients of one minibatch"):
+        method().build(private_gradients(mlp(), 0.5, 0.3), 4)
+    method().build(mlp(), 4)
 
 
 def test_the_noise_in_a_gradient_has_the_stated_deviation():

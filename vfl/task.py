@@ -83,6 +83,12 @@ class Task(NamedTuple):
         """Entries of x that belong to each named parameter."""
         return [math.prod(shape) for shape in self.shapes]
 
+    def refuse_private(self, method: str) -> None:
+        """Raises UsageError where gradients hide single examples, for a method that compares two of one minibatch."""
+        if self.private:
+            raise UsageError(f"{method} compares two gradients of one minibatch, which get the same noise, so that "
+                             "their difference would show single examples: it runs without --example-clip")  # fmt: skip
+
     def parameters(self, x: Tensor) -> dict[str, Tensor]:
         """The named parameters in the flat vector x [..., D], as views."""
         # One split, not one slice a tensor: the slices' gradients would each be a vector of D entries.

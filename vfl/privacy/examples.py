@@ -20,8 +20,9 @@ def private_gradients(task: Task, clip: float, noise_multiplier: float, batch_si
     `clip` is C, `noise_multiplier` z. B is `batch_size`, or the minibatch's own number of examples, which then counts
     as public. Takes B × D numbers a client. The noise is a function of the minibatch's key: a method that computes two
     gradients on one minibatch, as MARINA, FRECON and Mime do, gets the same noise in both, which its differences then
-    lack, so that they are not private; nor is what a method sends beside functions of these gradients, as q-FedAvg's
-    losses and DGA's statistic. Raises UsageError for a model with buffers, whose batch statistics mix examples.
+    lack, and is refused (`Task.refuse_private`); nor is private what a method sends beside functions of these
+    gradients, as q-FedAvg's losses and DGA's statistic. Raises UsageError for a model with buffers, whose batch
+    statistics mix examples.
 
     Of a method with one gradient a minibatch, such as FedAvg, and draw epochs, each example is in one noisy sum an
     epoch: so many mechanisms, in which another example in its place changes the sum by 2C. That is what
