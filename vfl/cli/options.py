@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from vfl.cli.arguments import unset
 from vfl.delays import Delays
 from vfl.devices import Devices
 from vfl.errors import UsageError, flag
@@ -27,11 +26,6 @@ from vfl.training import AlgorithmConfig
 from vfl.wrappers import Wrapper
 
 
-def _default(meaning: str) -> Any:
-    """What `--help` says in place of `(default: none)`."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What an experiment is made of, beside its algorithm."""
@@ -39,12 +33,12 @@ class RunOptions:
     data: str = "digits"
     """Data set: digits, mnist, fashion_mnist, cifar10, femnist, shakespeare, tiny_shakespeare, libsvm:a9a,
     synthetic:features=32,classes=10, or quadratic:dim=20,L=2,mu=1 (see `vfl list data`)."""
-    data_root: Annotated[Path | None, _default("$VFL_DATA, else the user's cache folder")] = None
+    data_root: Annotated[Path | None, unset("$VFL_DATA, else the user's cache folder")] = None
     """Folder of the data sets."""
-    partition: Annotated[str | None, _default("natural where the data has users, else iid")] = None
+    partition: Annotated[str | None, unset("natural where the data has users, else iid")] = None
     """How the training examples are dealt to clients: iid, sorted, rows, dirichlet:0.3, shards:2, labels:2,
     lognormal:1.0, powerlaw:1.5, natural (see `vfl list partitions`)."""
-    clients: Annotated[int | None, _default("100, or the data's users for a natural partition")] = None
+    clients: Annotated[int | None, unset("100, or the data's users for a natural partition")] = None
     """Population: how many clients there are."""
     validation: float = 0.0
     """Fraction of the training examples set aside as the global validation set."""
@@ -56,11 +50,11 @@ class RunOptions:
     """Model: linear, softmax, mlp (two layers of 200), mlp:64,32, cnn, lenet, resnet18, char_lstm, char_gru, or your
     own as package.module:factory (see `vfl list models`); auto: what goes with the data (linear for quadratic and
     libsvm, else mlp)."""
-    frozen: Annotated[str | None, _default("none")] = None
+    frozen: Annotated[str | None, unset("none")] = None
     """Parameters that are neither trained nor sent, by patterns of their names: 0.*, or all but the last: *,!last."""
-    init_from: Annotated[Path | None, _default("drawn from --seed")] = None
+    init_from: Annotated[Path | None, unset("drawn from --seed")] = None
     """The first model: a safetensors file of the same module, such as another run's model.safetensors."""
-    regularizer: Annotated[str | None, _default("none")] = None
+    regularizer: Annotated[str | None, unset("none")] = None
     """Added to every client's loss: l2:0.01 (λ/2 ‖x‖²) or nonconvex:0.1 (α Σ x²/(1 + x²))."""
     clients_per_round: str = "10"
     """Clients that take part in a round: a count, a fraction of the population (0.1 or 10%), all, or a range from
@@ -76,7 +70,7 @@ class RunOptions:
     """Examples in a local minibatch: a count, a fraction of the client's own (0.1 or 10%), rounded up, or all."""
     local_epochs: int = 1
     """Passes over a client's own examples in a round."""
-    local_steps: Annotated[int | None, _default("as many as the local epochs take")] = None
+    local_steps: Annotated[int | None, unset("as many as the local epochs take")] = None
     """Local minibatch steps in a round, in place of --local-epochs."""
     draw: Draw = "epochs"
     """How minibatches are drawn: in epochs, or afresh in each of --local-steps (1): nice (without replacement), multi
@@ -85,12 +79,12 @@ class RunOptions:
     """When a client's order of examples is drawn, in epochs: for each epoch, each round, or once."""
     seed: int = 0
     """Seed of every random draw: data split, model, cohorts, minibatches. A whole number from 0."""
-    data_seed: Annotated[int | None, _default("--seed")] = None
+    data_seed: Annotated[int | None, unset("--seed")] = None
     """Seed of the data and its split alone."""
-    replicas: Annotated[int | None, _default("one run")] = None
+    replicas: Annotated[int | None, unset("one run")] = None
     """Play so many runs at once, of the seeds from --seed on, all on the data of --data-seed; metrics are their means
     and standard deviations, and each run's own."""
-    grid: Annotated[str | None, _default("none")] = None
+    grid: Annotated[str | None, unset("none")] = None
     """Play runs of several step sizes at once, as replicas: server-lr=0.1,0.2,0.5 or local-lr=0.01,0.1, or both with ;
     between them."""
     device: str = "auto"
@@ -100,7 +94,7 @@ class RunOptions:
     dtype: Literal["float32", "float64", "bfloat16", "tf32"] = "float32"
     """Floating-point type of the model and the training; bfloat16: of the layers, with the model and all sums, and so
     what is sent, in float32; tf32: float32, with a GPU's matrix products in TF32."""
-    recompute: Annotated[str | None, _default("none")] = None
+    recompute: Annotated[str | None, unset("none")] = None
     """Submodules of the model, separated by commas, that compute their activations again for the gradient: less memory
     a client, more time."""
     execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
@@ -114,10 +108,10 @@ class RunOptions:
     """When a client's message holds NaN or infinity: stop the run, or drop the client from the round and count it."""
     eval_every: int = 1
     """Rounds between evaluations on the global test and validation sets; 0: never."""
-    metrics: Annotated[str | None, _default("none")] = None
+    metrics: Annotated[str | None, unset("none")] = None
     """What to evaluate as often of f, the mean over clients of their training losses, separated by commas: objective,
     grad_norm, suboptimality (f − f*), distance (‖x − x*‖)."""
-    validation_every: Annotated[int | None, _default("--eval-every")] = None
+    validation_every: Annotated[int | None, unset("--eval-every")] = None
     """Rounds between evaluations on the global validation set; 0: never."""
     client_eval_every: int = 0
     """Rounds between evaluations on each client's own data (held out, else training); 0: never."""
@@ -125,19 +119,19 @@ class RunOptions:
     """Rounds between checkpoints; 0: only at the end, or when interrupted."""
     keep: int = 2
     """How many checkpoints to keep, the newest."""
-    out: Annotated[Path | None, _default("runs/<time>-<algorithm>-<data>")] = None
+    out: Annotated[Path | None, unset("runs/<time>-<algorithm>-<data>")] = None
     """The run's folder."""
     resume: bool = False
     """Go on from the newest checkpoint in --out; options not given are those of the run there."""
     overwrite: bool = False
     """Replace the run that lies in --out."""
-    track: Annotated[str | None, _default("nobody")] = None
+    track: Annotated[str | None, unset("nobody")] = None
     """Who else is told the metrics: tensorboard, mlflow, wandb, separated by commas."""
     profile: bool = False
     """Show where the rounds' time goes, and write a trace of three of them to the run's folder (chrome://tracing)."""
     quiet: bool = False
     """Print errors only."""
-    config: Annotated[Path | None, _default("none")] = None
+    config: Annotated[Path | None, unset("none")] = None
     """YAML file of options, such as a run's config.yaml; options on the command line come on top."""
 
     def __post_init__(self) -> None:
