@@ -25,9 +25,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from benchmarks.measuring import by_turns, processor, result, save
+from benchmarks.measuring import by_turns, layer_cases, processor, result, save
 from benchmarks.tables import Column, Row, mark, markdown, number, terminal
-from vfl.errors import UsageError, unknown
+from vfl.errors import UsageError
 from vfl.heap import keep_freed_memory
 from vfl.layers import functionalize
 from vfl.slots import Stateless
@@ -205,17 +205,10 @@ def main(
         tries: Calls of each way, after two that warm up.
         json: The file to write the numbers to.
     """
-    names = list(LAYERS) if "all" in layers else list(layers)
-    for name in names:
-        if name not in LAYERS:
-            raise unknown("layer", name, [*LAYERS, "all"])
-    if min((*clients, batch, tries)) < 1:
-        raise UsageError(f"clients, batch and tries must be at least 1, not {min((*clients, batch, tries))}")
     rows = []
-    for name in names:
-        for count in clients:
-            rows.append(measure(name, count, batch, tries))
-            Console(stderr=True).print(f"{name}, {count} clients: {rows[-1]['ratio']:.2f}", highlight=False)
+    for name, count in layer_cases(layers, list(LAYERS), clients, batch, tries):
+        rows.append(measure(name, count, batch, tries))
+        Console(stderr=True).print(f"{name}, {count} clients: {rows[-1]['ratio']:.2f}", highlight=False)
     Console().print(terminal(COLUMNS, rows, WHAT.format(batch=batch, tries=tries)))
     if json is not None:
         save(result("layers", batch=batch, tries=tries, layers=rows), json)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vfl.errors import UsageError
+from vfl.errors import UsageError, unknown
 
 
 def seconds(call: Callable[[], object], tries: int) -> list[float]:
@@ -38,6 +39,22 @@ def by_turns(
         call()
     rounds = [[_timed(call, clock) for call in calls] for _ in range(tries)]
     return [list(each) for each in zip(*rounds, strict=True)]
+
+
+def layer_cases(
+    layers: Sequence[str], known: Sequence[str], clients: Sequence[int], batch: int, tries: int
+) -> list[tuple[str, int]]:
+    """Each chosen layer (all: those known) with each number of clients.
+
+    Raises UsageError for a layer that is not known, and for numbers below 1.
+    """
+    names = known if "all" in layers else layers
+    for name in names:
+        if name not in known:
+            raise unknown("layer", name, [*known, "all"])
+    if min((*clients, batch, tries)) < 1:
+        raise UsageError(f"clients, batch and tries must be at least 1, not {min((*clients, batch, tries))}")
+    return list(product(names, clients))
 
 
 def processor() -> Callable[[], float]:
