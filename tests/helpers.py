@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfl
 from vfl.data.container import Examples, FederatedData, Packed, cast
@@ -148,3 +149,15 @@ def assert_same(found: Numbers, wanted: Numbers, tolerance: float, what: object 
     assert found.keys() == wanted.keys(), what
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=f"{what} {name}")
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

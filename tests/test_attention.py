@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import Calls
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfl import random
 from vfl.attention import FUSED, register
@@ -22,16 +22,6 @@ MASKS = {
 }
 F64 = torch.float64
 register()
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def inputs(*axes):

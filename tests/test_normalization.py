@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from helpers import Calls
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfl import normalization
 from vfl.layers import functionalize
@@ -67,18 +67,6 @@ class Case:
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-class Calls(TorchDispatchMode):
-    """The names of the library calls that are made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @every_layer

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import Calls
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfl import recurrence
 from vfl.layers import functionalize
@@ -16,16 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch):
     monkeypatch.setattr(recurrence, "_LEAST", 1)
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def case(batch_first=True, dtype=torch.float32):
