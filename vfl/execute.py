@@ -245,7 +245,7 @@ class Compiler:
             result[:] = [structure]
             return done
 
-        graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes))
+        graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes), flat)
         return Compiled(self._recorded(compile_graph(graph, flat), flat, fixed), result[0])
 
     def _recorded(self, program: Program, flat: list[Tensor], fixed: list[bool]) -> Program:

@@ -1,0 +1,213 @@
+// Products of small float32 matrices, several at once: c = a b, or c = base + factor (a b).
+//
+// Letters: z products, a [z, m, k], b [z, k, n], base and c [z, m, n], all in floats. A vector is W neighbouring floats.
+// Strides are in floats. Rows of base and c lie side by side; a may have any strides. Where b's columns are neighbours,
+// a tile of c is a sum of outer products over k, kept in registers. Where the entries of a column of b are neighbours
+// (b is a transposed matrix), it is made of dot products along k.
+
+#include <algorithm>
+#include <cstdint>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 12, SQUARE = 5;  // tiles of ROWS x 2 vectors and of SQUARE x SQUARE dot products fill 32 registers
+#elif defined(__AVX2__)
+constexpr int W = 8, ROWS = 6, SQUARE = 3;  // and of these 16
+#else
+constexpr int W = 4, ROWS = 6, SQUARE = 3;
+#endif
+constexpr int64_t PANEL = 1 << 15;    // of a's entries that dot products with every column of b find in the cache
+constexpr int64_t SHARED = 1 << 19;  // multiplications from which threads share the work
+
+typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Vector all(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void put_all(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
+
+#if defined(__AVX512F__)
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Vector first(const float* from, int count) { return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from); }
+inline void put_first(float* to, Vector v, int count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)v); }
+#else
+#if defined(__AVX2__) && defined(__FMA__)
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+#endif
+inline Vector first(const float* from, int count) {
+  Vector v = {};
+  for (int i = 0; i < count; i++) v[i] = from[i];
+  return v;
+}
+inline void put_first(float* to, Vector v, int count) {
+  for (int i = 0; i < count; i++) to[i] = v[i];
+}
+#endif
+
+// `count` of the W, and zeros; the common case without a mask.
+inline Vector get(const float* from, int count) { return count == W ? all(from) : first(from, count); }
+inline void put(float* to, Vector v, int count) { count == W ? put_all(to, v) : put_first(to, v, count); }
+
+struct Product {  // one of the z
+  const float *a, *b, *base;  // base: or null
+  float* c;
+  int64_t m, k, n, a_row, a_column, b_line;  // b_line: from one run of neighbours in b to the next
+  float factor;
+};
+
+// c[i : i + R, j : j + (V - 1) W + last], of which the last vector may be cut.
+template <int R, int V>
+void outer_tile(const Product& p, int64_t i, int64_t j, int last) {
+  Vector sum[R][V] = {};
+  const float *a = p.a + i * p.a_row, *b = p.b + j;
+  for (int64_t q = 0; q < p.k; q++, a += p.a_column, b += p.b_line) {
+    Vector line[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) line[v] = get(b + v * W, v == V - 1 ? last : W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      Vector x = Vector{} + a[r * p.a_row];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(x, line[v], sum[r][v]);
+    }
+  }
+  Vector factor = Vector{} + p.factor;
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    int64_t at = (i + r) * p.n + j;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      int count = v == V - 1 ? last : W;
+      Vector x = sum[r][v];
+      if (p.base) x = multiply_add(factor, x, get(p.base + at + v * W, count));
+      put(p.c + at + v * W, x, count);
+    }
+  }
+}
+
+template <int R>
+void outer_columns(const Product& p, int64_t i, int64_t j) {
+  int64_t left = p.n - j;
+  if (left >= 2 * W) outer_tile<R, 2>(p, i, j, W);
+  else if (left > W) outer_tile<R, 2>(p, i, j, left - W);
+  else if (left == W) outer_tile<R, 1>(p, i, j, W);
+  else outer_tile<R, 1>(p, i, j, left);
+}
+
+template <int R = ROWS>
+void outer_rows(const Product& p, int64_t rows, int64_t i, int64_t j) {
+  if (rows == R) outer_columns<R>(p, i, j);
+  else if constexpr (R > 1) outer_rows<R - 1>(p, rows, i, j);
+}
+
+// All rows of two vectors' columns, in tiles of about equal height.
+void outer_products(const Product& p, int64_t block) {
+  int64_t tiles = (p.m + ROWS - 1) / ROWS;
+  for (int64_t t = 0; t < tiles; t++) {
+    int64_t i = p.m * t / tiles;
+    outer_rows(p, p.m * (t + 1) / tiles - i, i, block * 2 * W);
+  }
+}
+
+// c[i : i + R, j : j + N]
+template <int R, int N>
+void dot_tile(const Product& p, int64_t i, int64_t j) {
+  Vector sum[R * N] = {};
+  const float *a = p.a + i * p.a_row, *b = p.b + j * p.b_line;
+  auto add = [&](int64_t q, int count) {
+    Vector column[N];
+#pragma GCC unroll 5
+    for (int s = 0; s < N; s++) column[s] = get(b + s * p.b_line + q, count);
+#pragma GCC unroll 5
+    for (int r = 0; r < R; r++) {
+      Vector row = get(a + r * p.a_row + q, count);
+#pragma GCC unroll 5
+      for (int s = 0; s < N; s++) sum[r * N + s] = multiply_add(row, column[s], sum[r * N + s]);
+    }
+  };
+  int64_t q = 0;
+  for (; q + W <= p.k; q += W) add(q, W);
+  if (q < p.k) add(q, p.k - q);
+  float total[(R * N + W - 1) / W * W];
+#if defined(__AVX512F__)
+  // The entries of 16 vectors summed by halves: each step leaves half as many vectors.
+#pragma GCC unroll 2
+  for (int t = 0; t < R * N; t += 16) {
+    __m512 x[16];
+#pragma GCC unroll 16
+    for (int s = 0; s < 16; s++) x[s] = t + s < R * N ? (__m512)sum[t + s < R * N ? t + s : 0] : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int s = 0; s < 8; s++) x[s] = _mm512_shuffle_f32x4(x[s], x[s + 8], 0x44) + _mm512_shuffle_f32x4(x[s], x[s + 8], 0xEE);
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) x[s] = _mm512_shuffle_f32x4(x[s], x[s + 4], 0x88) + _mm512_shuffle_f32x4(x[s], x[s + 4], 0xDD);
+#pragma GCC unroll 2
+    for (int s = 0; s < 4; s += 2) x[s] = _mm512_unpacklo_ps(x[s], x[s + 1]) + _mm512_unpackhi_ps(x[s], x[s + 1]);
+    x[0] = _mm512_shuffle_ps(x[0], x[2], 0x44) + _mm512_shuffle_ps(x[0], x[2], 0xEE);
+    _mm512_storeu_ps(total + t, _mm512_shuffle_f32x4(x[0], x[0], 0xD8));  // whose quarters came as 0, 2, 1, 3
+  }
+#else
+  for (int t = 0; t < R * N; t++) {
+    total[t] = 0;
+    for (int l = 0; l < W; l++) total[t] += sum[t][l];
+  }
+#endif
+#pragma GCC unroll 5
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 5
+    for (int s = 0; s < N; s++) {
+      int64_t at = (i + r) * p.n + j + s;
+      p.c[at] = p.base ? p.base[at] + p.factor * total[r * N + s] : total[r * N + s];
+    }
+}
+
+template <int R, int N = SQUARE>
+void dot_columns(const Product& p, int64_t columns, int64_t i, int64_t j) {
+  if (columns == N) dot_tile<R, N>(p, i, j);
+  else if constexpr (N > 1) dot_columns<R, N - 1>(p, columns, i, j);
+}
+
+template <int R = SQUARE>
+void dot_rows(const Product& p, int64_t rows, int64_t columns, int64_t i, int64_t j) {
+  if (rows == R) dot_columns<R>(p, columns, i, j);
+  else if constexpr (R > 1) dot_rows<R - 1>(p, rows, columns, i, j);
+}
+
+// Rows `from` to `to` of one of the `blocks` of columns.
+void dot_products(const Product& p, int64_t from, int64_t to, int64_t block, int64_t blocks) {
+  int64_t j = p.n * block / blocks, columns = p.n * (block + 1) / blocks - j;
+  int64_t tiles = (to - from + SQUARE - 1) / SQUARE;
+  for (int64_t t = 0; t < tiles; t++) {
+    int64_t i = from + (to - from) * t / tiles;
+    dot_rows(p, from + (to - from) * (t + 1) / tiles - i, columns, i, j);
+  }
+}
+
+}  // namespace
+
+extern "C" void kernel(
+    const float* a, const float* b, const float* base, const float* factor, float* c,
+    int64_t z, int64_t m, int64_t k, int64_t n,
+    int64_t a_next, int64_t a_row, int64_t a_column, int64_t b_next, int64_t b_line,
+    int64_t base_next, int64_t factor_next, int64_t added, int64_t transposed) {
+  auto product = [&](int64_t i) {
+    return Product{a + i * a_next, b + i * b_next, added ? base + i * base_next : nullptr, c + i * m * n,
+                   m, k, n, a_row, a_column, b_line, added ? factor[i * factor_next] : 1};
+  };
+  bool shared = z * m * k * n >= SHARED;
+  if (transposed) {
+    int64_t rows = std::max<int64_t>(PANEL / std::max<int64_t>(k, 1) / SQUARE * SQUARE, SQUARE), blocks = (n + SQUARE - 1) / SQUARE;
+    for (int64_t from = 0; from < m; from += rows) {
+#pragma omp parallel for if (shared)
+      for (int64_t t = 0; t < z * blocks; t++)
+        dot_products(product(t / blocks), from, std::min(from + rows, m), t % blocks, blocks);
+    }
+  } else {
+    int64_t blocks = (n + 2 * W - 1) / (2 * W);
+#pragma omp parallel for if (shared)
+    for (int64_t t = 0; t < z * blocks; t++) outer_products(product(t / blocks), t % blocks);
+  }
+}
