@@ -1,5 +1,7 @@
 """Local work: which examples a client visits, and descent over them against torch.optim in float64."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from vfl import random
-from vfl.base import leaves
+from vfl.base import leaves, take
 from vfl.data.container import cast
 from vfl.errors import UsageError
 from vfl.local import Batches, Minibatches, Work, descend, float_bits, full_gradient, keep_where, message, minibatches
@@ -440,3 +442,13 @@ def test_an_uncompressed_message_costs_the_bits_of_its_entries() -> None:
     assert sent.weight == 2
     mapped = vmap(lambda x: float_bits(x) + 0 * x.sum())(torch.zeros(4, 10))
     assert mapped.tolist() == [320] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64])
+def test_rows_taken_are_those_of_indexing(dtype: torch.dtype) -> None:
+    x, rows = torch.arange(7 * 2 * 3).view(7, 2, 3).to(dtype), torch.tensor([[6, 0], [3, 3]])
+    for source in (x, x[:, 0, 0], x.transpose(1, 2), x[:0]):
+        at = rows if len(source) else rows[:0]
+        assert torch.equal(take(source, at), source[at])
+        if len(source):
+            assert torch.equal(vmap(functools.partial(take, source))(at), source[at])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -268,6 +269,13 @@ def to_place(tensor: Tensor, place: torch.device) -> Tensor:
     What goes to the host is there only when something else has waited for the GPU.
     """
     return on_device(tensor, place) if tensor.device.type == "cpu" else tensor.to(place, non_blocking=True)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] for x [N, ...]: a row in one copy, which torch's indexing makes three times as slowly."""
+    if x.dim() == 1 or not x.is_contiguous():
+        return x[rows]
+    return functional.embedding(rows, x.flatten(1)).view(*rows.shape, *x.shape[1:])
 
 
 def _entry(part: Any) -> str:

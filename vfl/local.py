@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vfl import draws, random
-from vfl.base import Message, Metrics, Tree, leaves, on_device, tree_map
+from vfl.base import Message, Metrics, Tree, leaves, on_device, take, tree_map
 from vfl.data.container import Transform
 from vfl.errors import UsageError, unknown
 from vfl.optimizers import Optimizer, clip_norm
@@ -209,7 +209,7 @@ class Batches(NamedTuple):
             yield self._batch((self.start + place).where(mask, padding), mask, -1 - i)
 
     def _batch(self, rows: Tensor, mask: Tensor, k: int) -> Batch:
-        x, y = self.block or (self.data_x[rows], self.data_y[rows])
+        x, y = self.block or (take(self.data_x, rows), take(self.data_y, rows))
         return Batch(self.transform(x, self.dtype), y, mask, random.fold_in(self.key, k))
 
 
