@@ -104,12 +104,18 @@ void outer_rows(const Product& p, int64_t rows, int64_t i, int64_t j) {
   else if constexpr (R > 1) outer_rows<R - 1>(p, rows, i, j);
 }
 
-// All rows of two vectors' columns, in tiles of about equal height.
-void outer_products(const Product& p, int64_t block) {
-  int64_t tiles = (p.m + ROWS - 1) / ROWS;
-  for (int64_t t = 0; t < tiles; t++) {
-    int64_t i = p.m * t / tiles;
-    outer_rows(p, p.m * (t + 1) / tiles - i, i, block * 2 * W);
+// c is made of tiles of about equal height. Where it is b that is long, all tiles of two vectors' columns are made while
+// these lie in the cache; else all of some rows, so that those of base and c are gone through in order.
+struct Tiles {
+  int64_t m, n, down = (m + ROWS - 1) / ROWS, across = (n + 2 * W - 1) / (2 * W);
+};
+
+void outer_products(const Product& p, const Tiles& tiles, int64_t line, bool by_rows) {
+  int64_t i = by_rows ? line : 0, j = by_rows ? 0 : line;
+  int64_t down = by_rows ? line + 1 : tiles.down, across = by_rows ? tiles.across : line + 1;
+  for (; i < down; i++) {
+    int64_t first = p.m * i / tiles.down, rows = p.m * (i + 1) / tiles.down - first;
+    for (int64_t t = j; t < across; t++) outer_rows(p, rows, first, t * 2 * W);
   }
 }
 
@@ -206,8 +212,10 @@ extern "C" void kernel(
         dot_products(product(t / blocks), from, std::min(from + rows, m), t % blocks, blocks);
     }
   } else {
-    int64_t blocks = (n + 2 * W - 1) / (2 * W);
+    Tiles tiles{m, n};
+    bool by_rows = m > k;
+    int64_t lines = by_rows ? tiles.down : tiles.across;
 #pragma omp parallel for if (shared)
-    for (int64_t t = 0; t < z * blocks; t++) outer_products(product(t / blocks), t % blocks);
+    for (int64_t t = 0; t < z * lines; t++) outer_products(product(t / lines), tiles, t % lines, by_rows);
   }
 }
