@@ -198,16 +198,16 @@ extern "C" void kernel(
     const float* a, const float* b, const float* base, const float* factor, float* c,
     int64_t z, int64_t m, int64_t k, int64_t n,
     int64_t a_next, int64_t a_row, int64_t a_column, int64_t b_next, int64_t b_line,
-    int64_t base_next, int64_t factor_next, int64_t added, int64_t transposed) {
+    int64_t base_next, int64_t factor_next, int64_t added, int64_t transposed, int64_t threads) {
   auto product = [&](int64_t i) {
     return Product{a + i * a_next, b + i * b_next, added ? base + i * base_next : nullptr, c + i * m * n,
                    m, k, n, a_row, a_column, b_line, added ? factor[i * factor_next] : 1};
   };
-  bool shared = z * m * k * n >= SHARED;
+  if (z * m * k * n < SHARED) threads = 1;
   if (transposed) {
     int64_t rows = std::max<int64_t>(PANEL / std::max<int64_t>(k, 1) / SQUARE * SQUARE, SQUARE), blocks = (n + SQUARE - 1) / SQUARE;
     for (int64_t from = 0; from < m; from += rows) {
-#pragma omp parallel for if (shared)
+#pragma omp parallel for num_threads(threads) if (threads > 1)
       for (int64_t t = 0; t < z * blocks; t++)
         dot_products(product(t / blocks), from, std::min(from + rows, m), t % blocks, blocks);
     }
@@ -215,7 +215,7 @@ extern "C" void kernel(
     Tiles tiles{m, n};
     bool by_rows = m > k;
     int64_t lines = by_rows ? tiles.down : tiles.across;
-#pragma omp parallel for if (shared)
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < z * lines; t++) outer_products(product(t / lines), tiles, t % lines, by_rows);
   }
 }

@@ -79,7 +79,7 @@ def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, out:
         a, b, a if base is None else base, a if factor is None else factor, out,
         z[0] if z else 1, m, k, n,
         a_next[0] if z else 0, a_row, a_column, b.stride(0) if z else 0, b_row if not transposed else b_column,
-        base_next, factor_next, base is not None, transposed,
+        base_next, factor_next, base is not None, transposed, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _kernel() -> Callable[..., None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    arguments = ["const float*"] * 4 + ["float*"] + ["int64_t"] * 13
+    arguments = ["const float*"] * 4 + ["float*"] + ["int64_t"] * 14
     return cast("Callable[..., None]", CppPythonBindingsCodeCache.load_pybinding(arguments, source, device_type="cpu"))
 
 
