@@ -12,7 +12,7 @@ from torch import nn
 import vfl
 from algorithms.fedavg import FedAvg
 from vfl import choices, execute
-from vfl.chunks import ChunkSize
+from vfl.chunks import SHORT, ChunkSize
 from vfl.executor import threads
 from vfl.operators import Operators, TooManyOperatorsError
 from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner, Way
@@ -114,6 +114,37 @@ def test_a_program_that_runs_out_of_memory_is_followed_by_smaller_chunks(monkeyp
         found = run(ALGORITHMS["fedavg"], task, data, 2, execution="compile", clients_per_round="all", chunk=4)
     assert_same(found, wanted, 1e-9)
     assert "out of memory with" in caplog.text
+
+
+def steady_rounds(execution: str, rounds: int, *, known_size: bool = True) -> list[bool]:
+    """Whether each round's seconds say what such a round takes; eight like clients, their chunk left to the engine."""
+    task, data = regression(), federated(sizes=[6] * 8)
+    options = {"execution": execution, "chunk": None, "clients_per_round": "all"}
+    engine = vfl.Engine(FedAvg().build(task, 8), task, data, **options)
+    engine.timed = True  # as where there are several ranks
+    if not known_size:
+        engine.executor._compiled_chunk = engine.executor._chunk_once = None
+    state, steady = engine.init(0), []
+    for _ in range(rounds):
+        state, _ = engine.play(state, rounds)
+        steady.append(engine.seconds > 0)
+    return steady
+
+
+@pytest.mark.parametrize(("execution", "learning"), [("loop", 0), ("compile", 2), ("vmap", SHORT)])
+def test_learning_ends_where_the_chunk_is_left_to_the_engine(execution, learning, monkeypatch):
+    """Else no round would say how fast a rank is, and each slice would wait for a GPU."""
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    assert steady_rounds(execution, SHORT + 3) == [False] * learning + [True] * (SHORT + 3 - learning)
+
+
+def test_vmap_finds_the_chunk_to_compile_where_no_cache_gives_it(monkeypatch):
+    made: list[int] = []
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: made.append(0) or graph)
+    # The cohorts never fill the first chunk, so it settles after as many rounds; the next one compiles.
+    assert steady_rounds("compile", SHORT, known_size=False) == [False] * SHORT and not made
+    assert steady_rounds("compile", SHORT + 3, known_size=False) == [False] * (SHORT + 1) + [True] * 2
+    assert len(made) == 1
 
 
 def test_a_run_goes_on_under_vmap_when_compiling_fails(monkeypatch, caplog):

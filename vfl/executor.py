@@ -86,7 +86,6 @@ class Executor:
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
         while True:
-            round.steady &= not self.tuner.learning
             mode, alone = self.tuner.way()
             compiled = self._chunk_once if queue.once else self._compiled_chunk
             size = {"loop": 1, "vmap": None, "compile": compiled}[mode]
@@ -98,6 +97,8 @@ class Executor:
                 many = queue.peek(clients, queue.repeats(clients))
                 now = many if many.signature == now.signature else now
             growing = mode == "vmap" and not self.chunk.settled
+            learning = growing or self.tuner.learning
+            round.steady &= not learning
             before, started = self.chunk.memory.used() if growing else None, time.perf_counter()
             try:
                 with threads(1 if alone else torch.get_num_threads()):
@@ -119,7 +120,7 @@ class Executor:
                 continue  # without compiling
             queue.advance(now.clients)
             self._keep(now, added, round)
-            if self.tuner.learning:
+            if learning:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 steps, seconds = now.counts, time.perf_counter() - started
@@ -162,6 +163,8 @@ class Executor:
 
     def _compilable(self, now: Slice, round: Round) -> bool:
         """Whether a program may compute such clients."""
+        if self._compiled_chunk is None and not self.chunk.settled:
+            return False  # vmap finds the size first
         known = self.layout(round) is not None and not self.tuner.counting
         return known and self.tuner.wants(now.signature, int(now.counts.max()))
 

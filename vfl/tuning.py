@@ -60,8 +60,8 @@ class Tuner:
 
     @property
     def learning(self) -> bool:
-        """Whether timings are still of use."""
-        return not self.chunk.settled or (self.wanted == "auto" and (bool(self._untried) or self._trial is not None))
+        """Whether ways of computing a chunk are still to be compared."""
+        return self.wanted == "auto" and (bool(self._untried) or self._trial is not None)
 
     def begin(self, steps_to_come: float) -> None:
         """Says how many local steps the run still holds."""
