@@ -31,12 +31,18 @@ def test_a_traced_program_gives_the_results_of_vmap(algorithm, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on loading inductor
-def test_a_compiled_program_gives_the_results_of_vmap():
+def test_a_compiled_program_gives_the_results_of_vmap_and_so_does_the_one_kept_on_disk():
+    from torch._dynamo.utils import counters
+
     algorithm, task = ALGORITHMS["scaffold-option=2"], regression()
     data = federated()
     options = {"clients_per_round": "all", "batch_size": None, "chunk": 100}
     wanted = run(algorithm, task, data, 3, **options)
     assert_same(run(algorithm, task, data, 3, execution="compile", **options), wanted, 1e-9)
+    made, found = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
+    torch._dynamo.reset()  # all that a process keeps in memory
+    assert_same(run(algorithm, task, data, 3, execution="compile", **options), wanted, 1e-9)
+    assert counters["inductor"]["fxgraph_cache_miss"] == made and counters["inductor"]["fxgraph_cache_hit"] > found
 
 
 def test_a_program_tells_inputs_apart_that_were_one_tensor_when_it_was_made(monkeypatch):

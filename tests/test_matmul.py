@@ -1,5 +1,6 @@
 """Matrix products of our own: the numbers of the definition, for any shape and stride, in programs and out of them."""
 
+import copy
 import ctypes
 import platform
 import subprocess
@@ -91,13 +92,18 @@ def targets(module: torch.fx.GraphModule) -> list[object]:
 
 
 @pytest.mark.parametrize("faster", [False, True])
-def test_products_go_to_the_library_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_go_to_the_library_that_is_faster_in_this_process_and_the_next(
+    faster: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
     monkeypatch.setattr(matmul, "_seconds", lambda product, a, b: 1.0 if (product is matmul.product) == faster else 2.0)
     a, b, c = torch.randn(64, 200), torch.randn(200, 300), torch.randn(300)
     graph = make_fx(lambda a, b, c: (a @ b, torch.addmm(c, a, b), a[:1] @ b))(a, b, c)
-    wanted = graph(a, b, c)
+    wanted, before = graph(a, b, c), copy.deepcopy(graph)
     graph = matmul.faster_products(graph, [a, b, c])
     assert targets(graph).count(ours.product.default) == (2 if faster else 0)  # the small one stays
+    monkeypatch.setattr(matmul, "_seconds", lambda *_: pytest.fail("timed again"))
+    assert targets(matmul.faster_products(before, [a, b, c])) == targets(graph)
     for found, want in zip(graph(a, b, c), wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
 
@@ -115,7 +121,7 @@ def descent(w: torch.Tensor, x: torch.Tensor, g: torch.Tensor, lr: torch.Tensor)
 def test_a_step_along_a_product_is_one_operation_in_a_compiled_program(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "_faster", lambda a, b: True)
+    monkeypatch.setattr(matmul.choices, "fastest", lambda *_: "vfl")
     z = () if kind == "lone" else (3,)
     x, g, w = torch.randn(*z, 20, 100), torch.randn(*z, 20, 50), torch.randn(5_000)
     lr = torch.tensor([[0.1], [0.2], [0.0]]) if kind == "many rates" else torch.tensor(0.1)
@@ -132,7 +138,7 @@ def test_a_step_along_a_product_is_one_operation_in_a_compiled_program(
 def test_a_step_whose_rate_or_order_differs_within_a_product_stays_two_operations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(matmul, "_faster", lambda a, b: True)
+    monkeypatch.setattr(matmul.choices, "fastest", lambda *_: "vfl")
     w, x, g, rates = torch.randn(2_500), torch.randn(20, 50), torch.randn(20, 50), torch.rand(2_500)
 
     def function(w, x, g, rates):
@@ -161,6 +167,6 @@ def test_without_a_compiler_for_it_the_program_keeps_torchs_products(
 
 
 def test_other_number_types_keep_torchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_faster", lambda a, b: True)
+    monkeypatch.setattr(matmul.choices, "fastest", lambda *_: "vfl")
     a, b = torch.randn(2, 100, 100, dtype=torch.float64).unbind()
     assert aten.mm.default in targets(matmul.faster_products(make_fx(torch.mm)(a, b), [a, b]))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -269,7 +271,13 @@ def _told_apart(inputs: list[Tensor]) -> list[Tensor]:
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph as machine code for inputs of these shapes."""
-    from torch._inductor import compile  # takes a second, which only those who compile should wait
+    """The graph as machine code for inputs of these shapes, which torch keeps on disk for other processes."""
+    # These take a second, which only those who compile should wait.
+    from torch._inductor import compile, config
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return cast("Callable[..., list[Tensor]]", compile(graph, [*inputs]))
+    # Without an environment for symbolic shapes, of which there are none here, torch keeps nothing. Not every version
+    # tells apart what it keeps for other numbers of threads, but all tell other options apart.
+    shapes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with tracing(TracingContext(shapes)), config.patch({"cpp.threads": torch.get_num_threads()}):
+        return cast("Callable[..., list[Tensor]]", compile(graph, [*inputs]))

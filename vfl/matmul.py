@@ -1,4 +1,4 @@
-"""Matrix products in compiled programs by kernels of our own (matmul.cpp), where a timing finds them faster here.
+"""Matrix products in compiled programs by kernels of our own (matmul.cpp), where a timing found them faster here.
 
 Letters: z products of [m, k] and [k, n] matrices; a [(z,) m, k], b [(z,) k, n], base [(z,) m, n].
 """
@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from vfl import choices
 from vfl.errors import first_line
 
 log = logging.getLogger("vfl")
 
 WORTH = 1.1  # how much faster a kernel of ours must be to replace torch's
+KIND = "products"
 LEAST = 2**16  # multiplications; below, calls cost more than their work
 TRIES = 7
 
@@ -138,16 +140,15 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
     _lowered()
     constants = FakeTensorMode(allow_non_fake_inputs=True)  # a traced program holds some as they are
     FakeTensorProp(module, constants).propagate(*inputs)
-    found: dict[Any, bool] = {}
     for node in nodes:
         *bias, left, right = cast("tuple[Node, ...]", node.args)
         a, b = _value(left), _value(right)
         if a.dtype != torch.float32 or a.numel() * b.shape[-1] < LEAST:
             continue
-        shape = (a.shape, a.stride(), b.shape, b.stride())
-        if shape not in found:
-            found[shape] = _faster(*(torch.empty_strided(t.shape, t.stride()).fill_(1.0) for t in (a, b)))
-        if found[shape]:
+        # Remembered, so that a program is the same in each process: its results, and its place in the compiler's cache.
+        shapes = " ".join(f"{[*t.shape]} by {[*t.stride()]}" for t in (a, b))
+        where = f"{shapes} on {choices.machine(a.device)}"
+        if choices.fastest(KIND, where, ("torch", "vfl"), functools.partial(_measure, a, b)) == "vfl":
             _replace(node, left, right, bias)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -204,10 +205,11 @@ def _value(node: Node) -> Tensor:
     return node.meta["val"]
 
 
-def _faster(a: Tensor, b: Tensor) -> bool:
-    """Whether our kernel is faster than torch's product of such matrices."""
+def _measure(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Seconds of a product of such factors by torch's library and by our kernels, with what these must be faster by."""
+    a, b = (torch.empty_strided(t.shape, t.stride()).fill_(1.0) for t in (a, b))
     theirs = torch.bmm if a.dim() == 3 else torch.mm
-    return _seconds(product, a, b) * WORTH < _seconds(theirs, a, b)
+    return {"torch": _seconds(theirs, a, b), "vfl": _seconds(product, a, b) * WORTH}
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
