@@ -108,7 +108,7 @@ class Task(NamedTuple):
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Softmax cross-entropy an example [B], in nats: outputs [B, classes], or [B, T, classes] (mean over T)."""
     losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-    return _by_example(losses, targets).mean(1)
+    return losses if targets.dim() == 1 else _by_example(losses, targets).mean(1)
 
 
 def logistic(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -220,23 +220,43 @@ def task(
             return values
         return values + regularizer(torch.cat([p.reshape(-1) for p in parameters.values()]))
 
-    def mean_loss(parameters: dict[str, Tensor], batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
+    def learn(
+        parameters: dict[str, Tensor], batch: Batch, buffers: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Each example's loss [B], and the module's buffers after the forward pass."""
         outputs, after = forward(learning, parameters, batch, buffers)
-        total = torch.where(batch.mask, losses(parameters, outputs, batch), 0).sum()
-        examples = batch.mask.sum()
-        return total / examples.clamp(min=1), Aux(total.detach(), examples, after)
+        return losses(parameters, outputs, batch), after
 
     def grad_fn(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
-        if peek_interpreter_stack() is not None:
-            return functional_grad(x, batch, buffers)
+        examples = batch.mask.sum()
+        # The mean's gradient is the losses' gradients with these weights, so the mean itself is not computed.
+        share = batch.mask.to(x.dtype) / examples.clamp(min=1)
+        if peek_interpreter_stack() is None:
+            g, values, after = plain_grad(x, share, batch, buffers)
+        else:
+            g, (values, after) = functional_grad(x, share, batch, buffers)
+        return g, Aux(torch.where(batch.mask, values, 0).sum(), examples, after)
+
+    def plain_grad(
+        x: Tensor, share: Tensor, batch: Batch, buffers: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         # Under no transform, autograd itself gives the same numbers in a third of the time.
-        leaves = {name: p.detach().requires_grad_() for name, p in made.parameters(x).items()}
+        leaves = {name: p.requires_grad_() for name, p in made.parameters(x.detach()).items()}
         with torch.enable_grad():
-            value, aux = mean_loss(leaves, batch, buffers)
-        if not value.requires_grad:  # the outputs do not depend on the parameters
-            return torch.zeros_like(x), aux
-        pieces = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return torch.cat([piece.reshape(-1) for piece in pieces]), aux
+            values, after = learn(leaves, batch, buffers)
+        if not values.requires_grad:  # the outputs do not depend on the parameters
+            return torch.zeros_like(x), values, after
+        pieces = torch.autograd.grad(values, list(leaves.values()), share.to(values.dtype), materialize_grads=True)
+        return torch.cat([piece.reshape(-1) for piece in pieces]), values.detach(), after
+
+    def functional_grad(
+        x: Tensor, share: Tensor, batch: Batch, buffers: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, tuple[Tensor, ...]]]:
+        def weighted(x: Tensor) -> tuple[Tensor, tuple[Tensor, tuple[Tensor, ...]]]:
+            values, after = learn(made.parameters(x), batch, buffers)
+            return values @ share.to(values.dtype), (values.detach(), after)
+
+        return grad(weighted, has_aux=True)(x)  # of x alone: what else it took would be wrapped and unwrapped
 
     def evaluate(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         parameters = made.parameters(x)
@@ -249,7 +269,6 @@ def task(
 
     buffer_names = tuple(buffers)
     learning, evaluating = (Stateless(net, [*names, *buffer_names, *masks, *keys]) for net in (module, evaluated))
-    functional_grad = grad(lambda x, *given: mean_loss(made.parameters(x), *given), has_aux=True)
     made = Task(x0, tuple(buffers.values()), grad_fn, evaluate, names, shapes, buffer_names, saved, outputs, norms)
     return made
 
