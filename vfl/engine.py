@@ -141,7 +141,7 @@ class Engine:
         expect, sizes = self.algorithm.expect, self.data.clients.sizes()
         if expect is None or not sizes.any():
             return state
-        alone, keys = self.replicas is None, state.key.reshape(-1, 1)
+        alone, keys = self.replicas is None, state.key.numpy().reshape(-1, 1)
         sent = (self.algorithm.broadcast if alone else vmap(self.algorithm.broadcast))(
             state.server, state.key.to(self.device)
         )
@@ -192,11 +192,11 @@ class Engine:
                 f"{state.store.round}; go on from the newest state or from a checkpoint"
             )
         each = vmap if self.replicas is not None else lambda function: function
-        round_key = random.fold_in(state.key, state.round)
-        cohort_key, client_key, server_key, sent_key = random.split(round_key, 4).unbind(-1)
-        server_key, sent_key = on_device(server_key, self.device), on_device(sent_key, self.device)
+        round_keys = random.fold_in(state.key.numpy().reshape(-1), state.round)  # [R]
+        cohort_keys, client_keys, *others = random.fold_in(round_keys, np.arange(4)[:, None])
+        server_key, sent_key = (on_device(key.reshape(state.key.shape), self.device) for key in others)
         with self.clock("sampling"):
-            cohorts = self._cohorts(state.server, cohort_key)
+            cohorts = self._cohorts(state.server, torch.from_numpy(cohort_keys))
         try:
             sent = each(self.algorithm.broadcast)(state.server, sent_key)
         except RuntimeError as error:
@@ -206,7 +206,7 @@ class Engine:
                              "played together; run its seeds one by one") from None  # fmt: skip
         ids = np.stack([cohort.ids for cohort in cohorts])  # [R, S], and so the host's other numbers
         counts = self.work.counts(self.data.clients.sizes(ids))
-        keys = random.fold_in(client_key.reshape(-1, 1), torch.from_numpy(ids))
+        keys = random.fold_in(client_keys[:, None], ids)
         self.executor.tuner.begin(float(counts.sum()) / self.ranks.world * max(rounds - state.round, 1))
         factor = np.stack([cohort.factor for cohort in cohorts])
         mine, owners, shared_work = self._share(state.store, ids, counts)
@@ -295,7 +295,7 @@ class Engine:
         everyone, population = self.algorithm.everyone, self.data.clients.population
         if everyone is not None and self.replicas is None and bool(everyone(server)):
             return [Cohort(np.arange(population), np.ones(population))]
-        cohorts = [self.sampler.draw(key) for key in keys.reshape(-1)]
+        cohorts = [self.sampler.draw(key) for key in keys]
         # Where all clients take part anyway, it makes no difference which replica asks for them.
         all_of_them = self.sampler.distinct and len(cohorts[0].ids) == population
         if everyone is not None and self.replicas is not None and not all_of_them:
@@ -336,19 +336,16 @@ class Engine:
         return mine[None], owners, np.bincount(rank, work[0], minlength=self.ranks.world)
 
     def _queue(
-        self, state: State, ids: np.ndarray, counts: np.ndarray, factor: np.ndarray, keys: Tensor, mine: np.ndarray
+        self, state: State, ids: np.ndarray, counts: np.ndarray, factor: np.ndarray, keys: np.ndarray, mine: np.ndarray
     ) -> Queue:
         """The clients at the positions `mine` [R, n] of the cohorts [R, S], to be computed in this order."""
         device, stores = self.device, state.store.each if isinstance(state.store, Stores) else [state.store]
         at = np.arange(len(ids))[:, None], mine
         ids, weights = ids[at], on_device(torch.tensor(factor[at], dtype=self.dtype), device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
-        keys = on_device(keys.gather(1, torch.from_numpy(mine)), device)
-        draws = keys
+        keys = draws = keys[at]
         if self.work.reshuffle == "once":  # no round is −1
-            draws = on_device(
-                random.fold_in(random.fold_in(state.key, -1).reshape(-1, 1), torch.from_numpy(ids)), device
-            )
+            draws = random.fold_in(random.fold_in(state.key.numpy().reshape(-1, 1), -1), ids)
         clients = Clients(mine, ids, counts[at], starts, sizes, keys, draws, weights)
         data = Examples(self.data_x, self.data_y)
         if self.replicas is None:

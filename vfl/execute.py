@@ -20,7 +20,6 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from vfl import random
 from vfl.base import Algorithm, Tree, tree_map
 from vfl.chunks import out_of_memory
 from vfl.cuda_graph import Program, Recorder, Replay
@@ -54,6 +53,9 @@ class Inputs(NamedTuple):
     start: Tensor  # [C] int64
     examples: Tensor  # [C] int64
     key: Tensor  # [C]
+    update_key: Tensor  # [C] made of it: for what its update draws,
+    batches_key: Tensor  # [C] for its passes over all of its examples,
+    minibatch_keys: Tensor  # [C, K] and for each of its minibatches
     factor: Tensor  # [C] its weight's factor from the sampler
     buffers: tuple[Tensor, ...]  # [C, ...] each
     weight: Weight = ()  # [C, K, B] its minibatches'
@@ -90,12 +92,11 @@ class Added(NamedTuple):
 def one_client(problem: Problem, bounds: Bounds, shared: Shared, mine: Inputs) -> Results:
     """One client's round; under vmap, the chunk's."""
     batches = Batches(
-        shared.x, shared.y, mine.rows, mine.mask, mine.steps, mine.start, mine.examples, random.fold_in(mine.key, 1),
+        shared.x, shared.y, mine.rows, mine.mask, mine.steps, mine.start, mine.examples, mine.batches_key,
         mine.buffers, bounds.shortest, bounds.largest, problem.transform, problem.dtype,
-        mine.weight, mine.block,
+        mine.weight, mine.block, mine.minibatch_keys,
     )  # fmt: skip
-    key = random.fold_in(mine.key, 2)
-    message, client, metrics = problem.algorithm.client_update(shared.sent, mine.client, batches, key)
+    message, client, metrics = problem.algorithm.client_update(shared.sent, mine.client, batches, mine.update_key)
     if problem.algorithm.receive is not None:
         message = problem.algorithm.receive(message)
     return message._replace(weight=message.weight * mine.factor), client, metrics

@@ -180,7 +180,7 @@ class Batches(NamedTuple):
     steps: Tensor  # [] int64 local steps of this client, ≤ K
     start: Tensor  # [] int64 first row of this client's examples
     examples: Tensor  # [] int64 how many it has
-    key: Tensor  # []
+    key: Tensor  # [] from which each minibatch's is made
     buffers: tuple[Tensor, ...]  # the global module buffers
     shortest: int  # every client of the chunk takes at least so many steps
     largest: int  # no client of the chunk has more examples
@@ -188,6 +188,7 @@ class Batches(NamedTuple):
     dtype: torch.dtype
     weight: Weight = ()  # [K, B]
     block: Block = ()  # [B, ...] each; where it is given, every minibatch is all of the client's examples, in order
+    keys: Tensor | tuple[()] = ()  # [K] the minibatches' keys, where they were made beforehand
 
     @property
     def longest(self) -> int:
@@ -197,7 +198,8 @@ class Batches(NamedTuple):
     def at(self, k: int) -> Batch:
         """Minibatch k."""
         weight = self.weight[k].to(self.dtype) if isinstance(self.weight, Tensor) else ()
-        return self._batch(self.rows[k], self.mask[k], k)._replace(weight=weight)
+        key = self.keys[k] if isinstance(self.keys, Tensor) else random.fold_in(self.key, k)
+        return self._batch(self.rows[k], self.mask[k], key, weight)
 
     def whole(self) -> Iterator[Batch]:
         """All of the client's examples once, in order, in minibatches of B."""
@@ -206,11 +208,11 @@ class Batches(NamedTuple):
         for i, first in enumerate(range(0, max(self.largest, 1), size)):
             place = torch.arange(first, first + size, device=self.rows.device)
             mask = place < self.examples
-            yield self._batch((self.start + place).where(mask, padding), mask, -1 - i)
+            yield self._batch((self.start + place).where(mask, padding), mask, random.fold_in(self.key, -1 - i))
 
-    def _batch(self, rows: Tensor, mask: Tensor, k: int) -> Batch:
+    def _batch(self, rows: Tensor, mask: Tensor, key: Tensor, weight: Weight = ()) -> Batch:
         x, y = self.block or (take(self.data_x, rows), take(self.data_y, rows))
-        return Batch(self.transform(x, self.dtype), y, mask, random.fold_in(self.key, k))
+        return Batch(self.transform(x, self.dtype), y, mask, key, weight)
 
 
 Direction = Callable[[Tensor, Tensor], Tensor]

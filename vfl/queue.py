@@ -59,8 +59,8 @@ class Clients(NamedTuple):
     counts: np.ndarray  # [n] local steps, descending
     starts: np.ndarray  # [n] first row of their examples
     sizes: np.ndarray  # [n] examples
-    keys: Tensor  # [n]
-    draws: Tensor  # [n] the keys of their minibatches
+    keys: np.ndarray  # [n]
+    draws: np.ndarray  # [n] the keys by which their minibatches are drawn
     factor: Tensor  # [n] their weights' factors from the sampler
 
 
@@ -72,6 +72,8 @@ class Group(NamedTuple):
     plan: Minibatches
     starts: Tensor  # [last − first] first row of their examples
     sizes: Tensor  # [last − first] examples
+    keys: tuple[Tensor, ...]  # [last − first] each: their own, their updates', their batches',
+    minibatch_keys: Tensor  # [last − first, K] and their minibatches'
 
 
 class Queue:
@@ -139,7 +141,8 @@ class Queue:
         weight = group.plan.weight
         inputs = Inputs(
             self.states(c.ids[of]), group.plan.rows[visits].contiguous(), group.plan.mask[visits].contiguous(),
-            group.plan.steps[at], group.starts[at], group.sizes[at], c.keys[of], c.factor[of],
+            group.plan.steps[at], group.starts[at], group.sizes[at], *(keys[at] for keys in group.keys),
+            group.minibatch_keys[visits[:-1]].contiguous(), c.factor[of],
             tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
             weight[visits].contiguous() if isinstance(weight, Tensor) else (), self._block(c.starts[of], c.sizes[of]),
         )  # fmt: skip
@@ -164,11 +167,16 @@ class Queue:
             many = max(GROUP // visits, count) // count * count
             end = max(min(first + many, first + self.alike), last)
             of = np.s_[..., first:end]
-            shape, device = c.now[of].shape, c.keys.device
-            keys = random.fold_in(c.draws[of].reshape(-1), 0)
-            plan = minibatches(self.work, keys, c.starts[of].reshape(-1), c.sizes[of].reshape(-1), self.marks)
+            shape, device = c.now[of].shape, c.factor.device
+            draws = on_device(random.fold_in(c.draws[of].reshape(-1), 0), device)
+            plan = minibatches(self.work, draws, c.starts[of].reshape(-1), c.sizes[of].reshape(-1), self.marks)
             if len(shape) > 1:
                 plan = tree_map(lambda t: t.unflatten(0, shape) if isinstance(t, Tensor) else t, plan)
-            starts, sizes = (on_device(a[of], device) for a in (c.starts, c.sizes))
-            self._group = Group(first, end, plan, starts, sizes)
+            mine = c.keys[of]
+            batches, steps = random.fold_in(mine, 1), np.arange(plan.rows.shape[-2])
+            each = random.fold_in(batches[..., None], steps)
+            *keys, each, starts, sizes = (
+                on_device(a, device) for a in (mine, random.fold_in(mine, 2), batches, each, c.starts[of], c.sizes[of])
+            )
+            self._group = Group(first, end, plan, starts, sizes, tuple(keys), each)
         return self._group

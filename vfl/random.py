@@ -5,12 +5,16 @@ A key is one int64 tensor []; a batch of keys is a tensor [C], and every functio
 plain integer tensor operations. Floats and subsets come from Philox, one stream a key, on the CPU, and from SplitMix64
 elsewhere: same seed and same device type give the same numbers, and a longer draw of floats begins with the shorter
 one.
+
+On the host, `fold_in` also takes keys as int64 numpy arrays (of at least one axis): the same numbers, for a third of
+what small tensors' operations cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import pi, prod
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ _GOLDEN = -0x61C8864680B583EB  # 2⁶⁴ / golden ratio, as a signed integer
 _MIX1 = -0x40A7B892E31B1A47
 _MIX2 = -0x6B2FB644ECCEEE15
 
+Keys = TypeVar("Keys", Tensor, np.ndarray)
+
 
 def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The key [] of a seed (any integer; taken modulo 2⁶⁴)."""
@@ -28,12 +34,14 @@ def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
     return _mix(torch.full((), signed, dtype=torch.int64, device=device) + _GOLDEN)
 
 
-def fold_in(key: Tensor, n: Tensor | int) -> Tensor:
+def fold_in(key: Keys, n: Keys | int) -> Keys:
     """The key of a key and a number: an independent stream for each n. Broadcasts: [C] with [], [] with [C]."""
     # Another offset than in `key`: with the same one, fold_in(key(a), b) would equal fold_in(key(b), a).
-    if not isinstance(n, Tensor):  # a number known beforehand costs no tensor operation
-        return _mix(key ^ _mixed(int(n) + _MIX1))
-    return _mix(key ^ _mix(n.to(key.device, torch.int64) + _MIX1))
+    if isinstance(n, Tensor) and isinstance(key, Tensor):
+        return _mix(key ^ _mix(n.to(key.device, torch.int64) + _MIX1))
+    if isinstance(n, np.ndarray):
+        return _mix(key ^ _mix(n + _MIX1))
+    return _mix(key ^ _mixed(int(n) + _MIX1))  # a number known beforehand costs no operation on arrays
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
@@ -93,12 +101,12 @@ def generator(key: Tensor) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int(key) % 2**64))
 
 
-def _shift(z: Tensor, n: int) -> Tensor:
-    """Logical right shift: torch's shift of int64 keeps the sign."""
+def _shift(z: Keys, n: int) -> Keys:
+    """Logical right shift: that of int64 keeps the sign."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 
-def _mix(z: Tensor) -> Tensor:
+def _mix(z: Keys) -> Keys:
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
