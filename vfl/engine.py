@@ -225,7 +225,8 @@ class Engine:
             tell = np.zeros(1 + self.ranks.world)  # whether to stop; each rank's seconds of the round before
             tell[0], tell[1 + self.ranks.rank] = stop(), self.seconds
             received = reduce(self.executor.layout(played), sums, played.reports, ids.shape[1], self.ranks, tell)
-        self.pace = self.pace.after(received.told[1:], self.shared)
+        if self.timed:
+            self.pace = self.pace.after(received.told[1:], self.shared)
         self.shared = shared_work
         # On a GPU the watch can be read only now, so its seconds travel in the next round.
         self.seconds = self.watch.seconds() if self.timed and played.steady else 0.0
@@ -249,7 +250,8 @@ class Engine:
                 else:  # a replica without any weight has no step
                     some = (mean.weight > 0).reshape(len(ids), -1).any(1)
                     server = vmap(keep_where)(some, stepped, server)
-                buffers = each(keep_where)(received.heard, received.buffers, buffers)
+                if buffers:
+                    buffers = each(keep_where)(received.heard, received.buffers, buffers)
         host = torch.device("cpu")
         reported, down = tree_map(lambda value: to_place(value, host), (dict(reported), sent.bits))
         if not bool(torch.isfinite(server.x.sum())):  # the second and last time that a round waits for the device

@@ -91,6 +91,7 @@ class Queue:
     ) -> None:
         self.data, self.marks = data, marks  # everyone's examples; for marks see `minibatches`
         self.work, self.clients, self.buffers, self.states, self.clock = work, clients, buffers, states, clock
+        self.batches, self.whole = work.batch(clients.sizes), work.whole
         self.done = 0  # clients handed out
         self._group: Group | None = None
 
@@ -116,6 +117,8 @@ class Queue:
     @property
     def once(self) -> bool:
         """Whether the clients alike to come read each of their examples once, in place."""
+        if not self.whole:
+            return False
         of = slice(self.done, self.done + self.alike)
         c = self.clients
         return bool((c.counts[..., of] == 1).all()) and bool(self._block(c.starts[..., of], c.sizes[..., of]))
@@ -134,7 +137,7 @@ class Queue:
         group = self._drawn(first, last, count)
         of, at = np.s_[..., first:last], np.s_[..., first - group.first : last - group.first]
         counts, largest = c.counts[of], int(c.sizes[of].max())
-        steps, batch = int(counts.max()), int(self.work.batch(c.sizes[of]).max())
+        steps, batch = int(counts.max()), int(self.batches[of].max())
         largest = -(-largest // max(batch, 1)) * batch  # as many minibatches hold so many: one program serves them all
         visits = (*at, slice(steps), slice(batch))
         lead = counts.shape[:-1]
@@ -151,7 +154,7 @@ class Queue:
     def _block(self, starts: np.ndarray, sizes: np.ndarray) -> Block:
         """The examples of clients [C] of one size that lie one after the other: no gather has to copy them."""
         size = int(sizes.flat[0])
-        if not self.work.whole or starts.ndim > 1 or (sizes != size).any() or (np.diff(starts) != size).any():
+        if not self.whole or starts.ndim > 1 or (sizes != size).any() or (np.diff(starts) != size).any():
             return ()
         of = slice(int(starts[0]), int(starts[0]) + size * len(starts))
         return self.data.x[of].unflatten(0, (-1, size)), self.data.y[of].unflatten(0, (-1, size))
@@ -162,21 +165,20 @@ class Queue:
             c, longest = self.clients, int(self.clients.sizes.max())
             replicas = c.now.size // c.now.shape[-1]
             # nice hashes all of a client's examples in each step
-            batch = longest if self.work.draw == "nice" else int(self.work.batch(c.sizes).max())
+            batch = longest if self.work.draw == "nice" else int(self.batches.max())
             visits = int(c.counts[..., first].max()) * batch * replicas
             many = max(GROUP // visits, count) // count * count
             end = max(min(first + many, first + self.alike), last)
             of = np.s_[..., first:end]
             shape, device = c.now[of].shape, c.factor.device
-            draws = on_device(random.fold_in(c.draws[of].reshape(-1), 0), device)
-            plan = minibatches(self.work, draws, c.starts[of].reshape(-1), c.sizes[of].reshape(-1), self.marks)
+            batches = random.fold_in(c.keys[of], 1)
+            each = random.fold_in(batches[..., None], np.arange(max(int(c.counts[of].max()), 1)))
+            draws, *keys, each, starts, sizes = (on_device(a, device) for a in (
+                random.fold_in(c.draws[of], 0), c.keys[of], random.fold_in(c.keys[of], 2), batches, each, c.starts[of],
+                c.sizes[of]))  # fmt: skip
+            flat = (draws.flatten(), c.starts[of].reshape(-1), c.sizes[of].reshape(-1))
+            plan = minibatches(self.work, *flat, self.marks)
             if len(shape) > 1:
                 plan = tree_map(lambda t: t.unflatten(0, shape) if isinstance(t, Tensor) else t, plan)
-            mine = c.keys[of]
-            batches, steps = random.fold_in(mine, 1), np.arange(plan.rows.shape[-2])
-            each = random.fold_in(batches[..., None], steps)
-            *keys, each, starts, sizes = (
-                on_device(a, device) for a in (mine, random.fold_in(mine, 2), batches, each, c.starts[of], c.sizes[of])
-            )
             self._group = Group(first, end, plan, starts, sizes, tuple(keys), each)
         return self._group

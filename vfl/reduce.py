@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vfl.base import Mean, Message, Metrics, Tree, on_device
+from vfl.base import Mean, Message, Metrics, Tree, leaves, on_device
 from vfl.distributed import Ranks
 
 # What every client reports, one row a client of the cohort, so that each rank knows each client's numbers. Counts of
@@ -52,9 +52,9 @@ class Layout(NamedTuple):
 def layout(results: Results) -> Layout:
     """The layout of a chunk's stacked results."""
     message, _, metrics = results
-    leaves, structure = pytree.tree_flatten(message.payload)
+    values, structure = pytree.tree_flatten(message.payload)
     first = (0,) * message.bits.dim()  # [C] or [R, C]
-    payload, buffers = ([leaf[first].detach().to("meta") for leaf in part] for part in (leaves, metrics.buffers))
+    payload, buffers = ([leaf[first].detach().to("meta") for leaf in part] for part in (values, metrics.buffers))
     extra, counts, peaks = (tuple(part) for part in (metrics.extra, metrics.counts, metrics.peaks))
     return Layout(structure, payload, buffers, extra, counts, peaks, tuple(message.weight[first].shape))
 
@@ -81,10 +81,9 @@ def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[
     sum, which a compiler makes one loop; torch alone is faster with a matrix product.
     """
     message, _, metrics = results
-    payload = pytree.tree_leaves(message.payload)
+    payload = leaves(message.payload)
     # A sum over the entries is infinite or NaN when an entry is: one read of the messages, no copy.
-    summed = _each(message.weight) + sum(_each(p) for p in payload)
-    finite = torch.isfinite(summed)
+    finite = torch.isfinite(sum(map(_each, payload), _each(message.weight)))
     high = (message.bits / LOW).floor()
     columns = (metrics.loss, metrics.examples, metrics.gradients, high, message.bits - high * LOW, finite,
                *metrics.counts.values(), *metrics.peaks.values())  # fmt: skip
@@ -152,9 +151,10 @@ def reduce(
         rows = torch.cat([rows for _, rows in reports], dim=-2).to(dtype)
         report.scatter_(-2, at[..., None].expand(rows.shape), rows)
     told = on_device(tell, device).to(dtype).expand(*lead, len(tell))
-    flat = ranks.all_reduce(torch.cat([*sums.parts, sums.weight, sums.clients, told, report.flatten(-2)], dim=-1))
-    sizes = like.sizes if like else [1, 1]
-    *parts, weight, clients, told, report = flat.split([*sizes, len(tell), cohort * columns], dim=-1)
+    pieces = [*sums.parts, sums.weight, sums.clients, told, report.flatten(-2)]
+    if ranks.world > 1:
+        pieces = ranks.all_reduce(torch.cat(pieces, dim=-1)).split([p.shape[-1] for p in pieces], dim=-1)
+    *parts, weight, clients, told, report = pieces
     total, scale = weight, torch.where(weight > 0, 1 / weight, 0)
     first = whole = scale
     if like and like.lead:
