@@ -24,6 +24,8 @@ class Choice(NamedTuple):
     chunk: int  # clients at once under vmap
     rates: dict[str, float]  # way of computing → local steps a second
     compile_seconds: float | None  # what making a program took
+    again_seconds: float | None  # what it took when the compiler's cache on disk held it from an earlier run
+    programs: str | None  # that cache's folder
 
 
 def folder() -> Path:
@@ -36,9 +38,9 @@ def recall(name: str) -> Choice | None:
     """What is known about this kind of work; None: nothing, or nothing that can be read."""
     try:
         entry = _entries("executions")[name]
-        chunk, rates, seconds = int(entry["chunk"]), dict(entry["rates"]), entry["compile_seconds"]
-        rates = {str(way): float(rate) for way, rate in rates.items()}
-        return Choice(chunk, rates, None if seconds is None else float(seconds))
+        rates = {str(way): float(rate) for way, rate in dict(entry["rates"]).items()}
+        first, again = (None if s is None else float(s) for s in (entry["compile_seconds"], entry["again_seconds"]))
+        return Choice(int(entry["chunk"]), rates, first, again, entry["programs"] and str(entry["programs"]))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -46,6 +48,16 @@ def recall(name: str) -> Choice | None:
 def remember(name: str, choice: Choice) -> None:
     """Writes down what was measured."""
     _note("executions", name, choice._asdict())
+
+
+def program_folder() -> str | None:
+    """The folder of torch's compiler for what it has made; None: the usual one, before the first use."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which the compiler sets, too
+
+
+def kept(programs: str) -> bool:
+    """Whether programs that were made in this folder can still be there, and are looked for there."""
+    return program_folder() in (None, programs) and Path(programs).is_dir()
 
 
 def known(kind: str, name: str, ways: Collection[str]) -> str | None:

@@ -47,6 +47,7 @@ class Round:
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
         self.messages: list[tuple[np.ndarray, Tree]] = []  # positions, payloads and weights where they are combined
         self.chunk = 0  # the largest
+        self.tried = False  # some clients were timed without a program, so those left split into chunks of other sizes
         self.steady = True  # nothing was tried or compiled, so that its seconds say what such a round takes
 
 
@@ -76,7 +77,10 @@ class Executor:
         graphs = functools.partial(recorder, self.device) if self.device.type == "cuda" else None
         self.compiler = Compiler(problem, graphs)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
-        self._vmap_works = False
+        self._vmapped: set[Any] = set()  # the kinds of rounds that vmap has computed
+        # What other programs do on this processor is no part of a chunk's time, as far as that can be told.
+        alone = self.device.type == "cpu" and many == 1
+        self._clock = time.thread_time if alone else time.perf_counter
         self._compiled_chunk = self._chunk_once = chunk
         if chunk is None and self.device.type == "cpu":
             # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
@@ -86,20 +90,12 @@ class Executor:
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
         while True:
-            mode, alone = self.tuner.way()
-            compiled = self._chunk_once if queue.once else self._compiled_chunk
-            size = {"loop": 1, "vmap": None, "compile": compiled}[mode]
-            clients = self.chunk.take(queue.alike, size)
-            now = queue.peek(clients)
-            if mode == "compile" and not self._compilable(now, round):
-                mode = "vmap"  # which also shows that nothing depends on a value
-            if mode == "compile":
-                many = queue.peek(clients, queue.repeats(clients))
-                now = many if many.signature == now.signature else now
+            mode, alone, now = self._next(queue, round)
             growing = mode == "vmap" and not self.chunk.settled
             learning = growing or self.tuner.learning
             round.steady &= not learning
-            before, started = self.chunk.memory.used() if growing else None, time.perf_counter()
+            round.tried |= self.tuner.learning and self.tuner.mode() != "compile"
+            before, started = self.chunk.memory.used() if growing else None, self._clock()
             try:
                 with threads(1 if alone else torch.get_num_threads()):
                     if mode == "compile":
@@ -109,7 +105,7 @@ class Executor:
             except Exception as error:
                 if out_of_memory(error):
                     self.compiler.forget()
-                if not out_of_memory(error) or not self.chunk.halve(clients):
+                if not out_of_memory(error) or not self.chunk.halve(now.chunk):
                     raise
                 if self._compiled_chunk is not None and self._chunk_once is not None:
                     self._compiled_chunk = min(self._compiled_chunk, self.chunk.size)
@@ -123,7 +119,8 @@ class Executor:
             if learning:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                steps, seconds = now.counts, time.perf_counter() - started
+                steps, seconds = now.counts, self._clock() - started
+                self.tuner.met(now.signature)
                 self.tuner.report(mode, now.signature, int(steps.sum()), int(steps.max()), seconds)
                 if mode == "vmap":
                     self.chunk.report(now.clients, int(steps.sum()), seconds, before)
@@ -161,12 +158,22 @@ class Executor:
                 round.messages.append((of, _to(chunk.messages, self.place)))
         round.chunk = max(round.chunk, now.chunk)
 
-    def _compilable(self, now: Slice, round: Round) -> bool:
-        """Whether a program may compute such clients."""
-        if self._compiled_chunk is None and not self.chunk.settled:
-            return False  # vmap finds the size first
-        known = self.layout(round) is not None and not self.tuner.counting
-        return known and self.tuner.wants(now.signature, int(now.counts.max()))
+    def _next(self, queue: Queue, round: Round) -> tuple[Mode, bool, Slice]:
+        """How to compute the next clients, whether by one thread, and who they are."""
+        mode, alone = self.tuner.way()
+        if mode == "compile" and not round.tried:
+            clients = self.chunk.take(queue.alike, self._chunk_once if queue.once else self._compiled_chunk)
+            now, repeats = queue.peek(clients), queue.repeats(clients)
+            sized = self.chunk.settled or self._compiled_chunk is not None
+            if not sized or round.kind not in self._vmapped or self.tuner.counting:
+                return "vmap", alone, now  # which also shows that nothing depends on a value
+            self.tuner.met(now.signature, repeats)
+            if self.tuner.wants(now.signature, int(now.counts.max()), _share(queue, now)):
+                many = queue.peek(clients, repeats)
+                return mode, alone, many if many.signature == now.signature else now
+        if mode == "compile":
+            mode, alone = self.tuner.eager
+        return mode, alone, queue.peek(1 if mode == "loop" else self.chunk.take(queue.alike))
 
     def _compiled(self, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
         """What the slice's chunks left; None where there is no program for them, and there will be none."""
@@ -204,12 +211,12 @@ class Executor:
             )
         try:
             results = by_vmap(self.problem, now.bounds, shared, now.inputs)
-            self._vmap_works = True
+            self._vmapped.add(round.kind)
         except Exception as error:
             if out_of_memory(error):
                 raise
             _, results = self._eager("loop", now, shared, round)  # names the client if it fails there too
-            if self._vmap_works:
+            if self._vmapped:
                 raise
             mode = "loop"
             self.tuner.give_up("vmap")
@@ -222,6 +229,13 @@ class Executor:
         if round.kind not in self._layouts:
             self._layouts[round.kind] = layout(results)
         return results
+
+
+def _share(queue: Queue, now: Slice) -> float:
+    """The part of the round's local steps that chunks of this shape take."""
+    counts, longest = queue.clients.counts, now.counts.max()
+    alike = counts[counts == longest] if (now.counts == longest).all() else now.counts
+    return float(alike.sum() / counts.sum())
 
 
 @contextlib.contextmanager

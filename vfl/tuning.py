@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable
+from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
-from vfl.choices import Choice, recall, remember
+from vfl.choices import Choice, kept, program_folder, recall, remember
 from vfl.chunks import WORTH, ChunkSize
 
 log = logging.getLogger("vfl")
@@ -21,6 +22,7 @@ SEEN = 4  # a shape must come back so often before a program for it is worth its
 PATIENCE = 200  # chunks after which a program that has not paid by then is given up, and timing ends
 SPEEDUP = 2.0  # what compiling is expected to bring, until it is measured
 COMPILE_SECONDS = (4.0, 0.025)  # and to cost: at least, and for each operator of the program
+AGAIN = 0.3  # of that, what a program costs that an earlier process has made, from the compiler's cache on disk
 MOST_OPERATORS = 2_000  # of a program that is compiled without being asked for: a minute, on one core
 
 
@@ -38,7 +40,9 @@ class Tuner:
     """Starts with vmap, whose chunk size finds itself; then times the loop; then compiles, if the rest repays it.
 
     Where torch has several `threads`, one alone is tried, too: what a small model shares out costs more than it gains.
-    A program is compiled for as many threads as the best way without one uses.
+    A program is compiled for as many threads as the best way without one uses. Each shape of chunks takes a program of
+    its own, and only those shapes are compiled whose part of the steps to come repays it; the rest go without, in the
+    best way.
 
     A way that is not measurably faster than the best so far is not taken. What is learnt concerns speed alone: the
     results are the same up to rounding. It is remembered under `name`, and the next run of this kind starts with it.
@@ -47,16 +51,23 @@ class Tuner:
     def __init__(self, wanted: Execution, chunk: ChunkSize, name: str | None = None, threads: int = 1) -> None:
         self.wanted, self.chunk, self.name = wanted, chunk, name
         self.best = Way("vmap" if wanted == "auto" else wanted)
+        self.eager = Way("loop" if wanted == "loop" else "vmap")  # the best way without a program
         self.steps_to_come = 0.0  # local steps until the end of the run
         self._trial: Way | None = None
         self._times: list[float] = []
         self._rates: dict[Way, float] = {}  # local steps a second
-        self._compile_seconds: float | None = None
+        self._compiled: list[float] = []  # seconds that each program took
         self._operators: float | None = None  # of a local step
-        self._seen: Counter[Hashable] = Counter()
+        self._seen: Counter[Hashable] = Counter()  # chunks of each shape
+        self._worth: set[Hashable] = set()  # the shapes whose programs are repaid
+        self._passed = 0  # chunks since the trial began that were computed in another way
         shared = [Way("loop", alone=True), Way("vmap", alone=True)] if threads > 1 else []
         self._untried = [Way("loop"), *shared, Way("compile")] if wanted == "auto" else []
+        # What an earlier run of this kind has measured:
         self._known = recall(name) if name is not None and wanted == "auto" else None
+        self._kept = False  # whether the compiler's cache on disk still holds that run's programs
+        self._expected: float | None = None  # seconds for a program, by that run
+        self._begun = False
 
     @property
     def learning(self) -> bool:
@@ -66,9 +77,9 @@ class Tuner:
     def begin(self, steps_to_come: float) -> None:
         """Says how many local steps the run still holds."""
         self.steps_to_come = steps_to_come
-        if self._known:
+        if self._known and not self._begun:
             self._start_from(self._known)
-            self._known = None
+        self._begun = True
 
     def way(self) -> Way:
         """How to run the next chunk."""
@@ -95,37 +106,63 @@ class Tuner:
         """How many a program may have; None: any number."""
         return None if self.wanted == "compile" else MOST_OPERATORS
 
-    def wants(self, signature: Hashable, depth: int) -> bool:
-        """Whether a chunk of this shape, so many steps deep, may be compiled.
+    def met(self, signature: Hashable, chunks: int = 1) -> None:
+        """Learns that so many chunks of this shape came."""
+        self._seen[signature] += chunks
 
-        Always when asked to; else when the shape comes back, and its program is not too large to compile within a
-        minute.
+    def wants(self, signature: Hashable, depth: int, share: float = 1.0) -> bool:
+        """Whether chunks of this shape, so many steps deep, which take this share of the steps, may be compiled.
+
+        Always when asked to; else when the shape comes back, its program is not too large to compile within a minute,
+        and the steps to come repay it.
         """
-        return self.wanted == "compile" or (self._seen[signature] >= SEEN and self._small(depth))
+        if self.wanted == "compile" or signature in self._worth:
+            return True
+        if self._seen[signature] < SEEN or not self._small(depth) or not self._repaid(depth, share):
+            return False
+        self._worth.add(signature)
+        return True
 
     def _small(self, depth: int) -> bool:
         return self._operators is not None and self._operators * depth <= MOST_OPERATORS
 
     def _cost(self, depth: int) -> float:
         """Seconds that compiling so many steps is expected to take."""
+        if self._expected is not None:
+            return self._expected
         base, each = COMPILE_SECONDS
         return base + each * (self._operators or 0.0) * depth
 
+    def _repaid(self, depth: int, share: float) -> bool:
+        """Whether this share of the steps to come gains more by a program than it is expected to cost."""
+        if self.eager not in self._rates:
+            return False
+        steps, eager = share * self.steps_to_come, self._rates[self.eager]
+        compiled = next((rate for way, rate in self._rates.items() if way.mode == "compile"), None)
+        if compiled is None:
+            return steps / eager * (1 - 1 / SPEEDUP) > 2 * self._cost(depth)
+        return steps * (1 / eager - 1 / compiled) > self._cost(depth)
+
     def give_up(self, mode: Literal["vmap", "compile"]) -> None:
         """Goes on without compiling, or, where vmap itself cannot run this, one client at a time."""
-        self.best = Way("loop" if mode == "vmap" else "vmap", self.way().alone)
+        if mode == "vmap":
+            self.eager = Way("loop", self.way().alone)
+        self.best = self.eager
         self._trial, self._untried = None, []
 
     def compiled(self, seconds: float) -> None:
         """Learns what making a program took."""
-        self._compile_seconds = seconds
+        self._compiled.append(seconds)
+        self._note()
 
     def report(self, mode: Mode, signature: Hashable, steps: int, depth: int, seconds: float) -> None:
         """Learns from a finished chunk of so many local steps in all, `depth` one after the other."""
-        self._seen[signature] += 1
         if self.wanted != "auto" or not self.chunk.settled:
             return
         if mode != self.mode():  # a shape too rare for the mode in force
+            self._passed += 1
+            if self._passed > PATIENCE:
+                self._conclude(signature, depth)
             return
         self._times.append(steps / seconds)
         if len(self._times) <= TRIES:
@@ -136,14 +173,16 @@ class Tuner:
 
     def _conclude(self, signature: Hashable, depth: int) -> None:
         """After enough timings of the mode in force: keep the best, and try the next one that can pay."""
-        if self._trial and self._rates[self._trial] > WORTH * self._rates[self.best]:
+        if self._trial and self._rates.get(self._trial, 0.0) > WORTH * self._rates[self.best]:
             self.best = self._trial
-        self._trial = None
+            self.eager = self.best if self.best.mode != "compile" else self.eager
+        self._trial, self._passed = None, 0
         if self._untried:
             candidate = self._untried[0]
             if candidate.mode == "compile":
                 candidate = Way("compile", self.best.alone)
-            if candidate.mode != "compile" or self._repaid(signature, depth):
+            back = self._seen[signature] >= SEEN and self._small(depth)
+            if candidate.mode != "compile" or (back and self._repaid(depth, share=1.0)):
                 self._trial, self._untried = candidate, self._untried[1:]
                 return
             if self._seen.total() < PATIENCE:
@@ -154,16 +193,17 @@ class Tuner:
         log.info("execution auto: %s (local steps a second: %s)", self.best, shown)
         self._note()
 
-    def _repaid(self, signature: Hashable, depth: int) -> bool:
-        """Whether the steps to come would gain more by a compiled program than it is expected to cost."""
-        gain = self.steps_to_come / self._rates[self.best] * (1 - 1 / SPEEDUP)
-        return self.wants(signature, depth) and gain > 2 * self._cost(depth)
-
     def _note(self) -> None:
         """Remembers what was measured."""
-        if self.name is not None:
-            rates = {str(way): rate for way, rate in self._rates.items()}
-            remember(self.name, Choice(self.chunk.size, rates, self._compile_seconds))
+        if self.name is None or self.wanted != "auto":
+            return
+        before = self._known or Choice(self.chunk.size, {}, None, None, None)
+        first, again, programs = before.compile_seconds, before.again_seconds, before.programs
+        if self._compiled:
+            made, programs = fmean(self._compiled), program_folder()
+            first, again = (first, made) if self._kept else (made, again)
+        rates = {str(way): rate for way, rate in self._rates.items()}
+        remember(self.name, Choice(self.chunk.size, rates, first, again, programs))
 
     def _start_from(self, known: Choice) -> None:
         """Takes over what an earlier run of this kind has measured."""
@@ -173,13 +213,16 @@ class Tuner:
         eager = {way: rate for way, rate in rates.items() if way.mode != "compile"}
         if not eager:
             return
-        self._rates = dict(eager)
+        self._rates = rates
         fastest = max(eager, key=lambda way: eager[way])
-        self.best = fastest if eager[fastest] > WORTH * eager.get(Way("vmap"), 0) else Way("vmap")
+        self.eager = fastest if eager[fastest] > WORTH * eager.get(Way("vmap"), 0) else Way("vmap")
+        self.best = self.eager
         compiled = [way for way in rates if way.mode == "compile"]
         self._untried = [] if compiled else [Way("compile")]
-        if compiled:
-            saved = self.steps_to_come * (1 / eager[self.best] - 1 / rates[compiled[0]])
-            if saved > (known.compile_seconds or 0):
-                self.best = compiled[0]
+        self._kept = known.programs is not None and kept(known.programs)
+        self._expected = known.compile_seconds
+        if self._kept and known.compile_seconds is not None:
+            self._expected = known.again_seconds or AGAIN * known.compile_seconds
+        if compiled and self._repaid(1, share=1.0):
+            self.best = compiled[0]
         log.info("execution auto: %s, by an earlier run's timings", self.best)
