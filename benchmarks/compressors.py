@@ -31,7 +31,8 @@ MODULE = "vfl.compressors"
 ARGUMENTS = {"k: str": "1%", "k: int": "2", "p: float": "0.1", "s: int": "16", "bits: int": "8"}
 """What a compressor is given for parameters without a default."""
 PRIMITIVES = {
-    "vfl.uniform": "uniform", "vfl.normal": "normal", "vfl.subset": "subset", "aten.topk": "topk", "aten.sort": "sort",
+    "vfl.uniform": "uniform", "vfl.normal": "normal", "vfl.subset": "subset", "vfl.positions": "subset",
+    "aten.topk": "topk", "aten.sort": "sort",
     "aten.kthvalue": "kthvalue", "aten._linalg_svd": "svd", "aten.linalg_qr": "qr", "aten.mm": "product",
     "aten.bmm": "product", "aten.sum": "reduction", "aten.amin": "reduction", "aten.amax": "reduction",
     "aten.linalg_vector_norm": "reduction",

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vfl import UsageError, random
 from vfl.compressors import COMPRESSORS, Compressor, compressor
+from vfl.leafwise import leafwise
 
 SHAPES = ((4, 5), (3,), ())  # a matrix, a vector and a scalar
 D = 24
@@ -569,6 +571,35 @@ def test_vmap_over_keys_and_vectors_equals_one_by_one(spec, dtype):
         value, size = c.compress(v[n], keys[n])
         torch.testing.assert_close(values[n], value, rtol=1e-6 if "rank" in spec else 0, atol=0)
         assert bits[n] == size
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("spec", EVERY)
+def test_nested_vmaps_equal_one_by_one(spec, dtype):
+    c, keys = made(spec, dtype), random.split(KEY, 3)
+    v = torch.stack(list(vectors(dtype).values())[:2])  # [2, D]
+    values, bits = vmap(vmap(c.compress, (None, 0)), (0, None), 1)(v, keys)  # [3, 2]
+    for m, n in itertools.product(range(2), range(3)):
+        value, size = c.compress(v[m], keys[n])
+        torch.testing.assert_close(values[n, m], value, rtol=1e-6 if "rank" in spec else 0, atol=0)
+        assert bits[n, m] == size
+
+
+@pytest.mark.parametrize("sizes", [(20, 3, 1), (20, 0, 3, 1), (24,)], ids=str)
+@pytest.mark.parametrize("spec", EVERY)
+def test_a_traced_program_in_pieces_compresses_as_vmap_does(spec, sizes):
+    shapes = [(4, size // 4) if size > 10 else (size,) for size in sizes]
+    c = compressor(spec, shapes, torch.float64)
+
+    def program(v: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        doubled = torch.cat([part * 2 for part in v.split(sizes, -1)], -1)
+        value, bits = vmap(c.compress)(doubled, keys)
+        return value.sum(0), value, bits, doubled
+
+    keys = random.split(KEY, 6).reshape(2, 3)
+    v = random.normal(keys, (D,), torch.float64)  # [2, 3, D]
+    traced = leafwise(make_fx(program)(v[0], keys[0]), list(sizes))
+    torch.testing.assert_close(traced(v[1], keys[1]), program(v[1], keys[1]))
 
 
 @pytest.mark.parametrize("spec", [s for s in EVERY if not {"2", "3", "4", "5", "6", "7"} & set(s)])

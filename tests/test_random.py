@@ -34,6 +34,9 @@ INTEGERS = [
     pytest.param(lambda k: random.subset(k, 6, 2), id="subset"),
     pytest.param(lambda k: random.subset(k, 60, 2), id="sparse-subset"),
     pytest.param(lambda k: random._hashed_subset(k, 6, 2), id="hashed-subset"),
+    pytest.param(lambda k: random.positions(k, 6, 2), id="positions"),
+    pytest.param(lambda k: random.positions(k, 60, 2), id="sparse-positions"),
+    pytest.param(lambda k: random._hashed_positions(k, 6, 2), id="hashed-positions"),
     pytest.param(lambda k: random.randint(k, (2, 3), 10), id="randint"),
     pytest.param(lambda k: random.bernoulli(k, 0.3, (2, 3)), id="bernoulli"),
 ]
@@ -256,10 +259,21 @@ def test_a_subset_of_many_is_spread_evenly() -> None:
     is_uniform(torch.bincount(places // 500))
 
 
+@pytest.mark.parametrize(("n", "k"), [(60, 2), (60, 25), (5, 5), (5, 0)])
+def test_positions_are_where_the_subset_is_true(n: int, k: int) -> None:
+    keys = random.split(KEY, 20)
+    for places, chosen in ((random.positions, random.subset), (random._hashed_positions, random._hashed_subset)):
+        found = places(keys, n, k).sort(-1).values
+        wanted = torch.stack([row.nonzero()[:, 0] for row in chosen(keys, n, k)])
+        assert found.dtype == torch.int64 and torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("k", [-1, 4])
 def test_a_subset_larger_than_the_whole_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"from 0 to n = 3, not {k}"):
         random.subset(KEY, 3, k)
+    with pytest.raises(ValueError, match=f"from 0 to n = 3, not {k}"):
+        random.positions(KEY, 3, k)
 
 
 @pytest.mark.parametrize("high", [1, 2, 7, 100, 2**31])

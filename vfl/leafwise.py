@@ -26,7 +26,7 @@ class Pieces(NamedTuple):
 
 def leafwise(module: GraphModule, sizes: list[int]) -> GraphModule:
     """The same program, with vectors of sum(sizes) entries in pieces of these sizes wherever that saves a copy."""
-    if len(sizes) == 1:
+    if len(sizes) == 1 or 0 in sizes:  # others leave empty pieces out, and may change their own parts in place
         return module
     rewriting = _Rewriting(sizes)
     for node in module.graph.nodes:

@@ -64,6 +64,19 @@ def apply(operation: Operation, *inputs: Tensor) -> tuple[Tensor, ...]:
     return _call(_Forward(operation, 0), *inputs)
 
 
+def at_once(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`function` of tensors which may all have further axes in front, of the same sizes, called with those of `vmap`.
+
+    So many clients cost its operators once, without vmap's rules for each of them, and it may change in place what it
+    has made. It may consist of any operators: other transforms see these.
+    """
+    if torch.compiler.is_compiling():  # Dynamo knows vmap itself, not what is below
+        return function(*inputs)
+    if (transform := _innermost()) is None or transform.key() != TransformType.Vmap:
+        return function(*inputs)
+    return _without_vmap(transform, inputs, lambda mapped, *front: at_once(function, *front))
+
+
 def each(function: Callable[..., tuple[Tensor, ...]], *stacked: Tensor) -> tuple[Tensor, ...]:
     """A function of one client's tensors for clients' [C, ...], one after the other."""
     C = len(stacked[0])
@@ -135,22 +148,40 @@ def _over_clients(
 
 def _call(call: _Forward | _Backward, *inputs: Tensor) -> tuple[Tensor, ...]:
     inputs = tuple(unwrap_if_dead(t) for t in inputs)
-    if peek_interpreter_stack() is None:
+    if (transform := _innermost()) is None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return _record(call, *inputs)
         return call.compute(*inputs)
-    transform = retrieve_current_functorch_interpreter()
     if transform.key() != TransformType.Vmap:
         return _record(call, *inputs)
+    return _without_vmap(
+        transform, inputs, lambda mapped, *front: _call(call._replace(axes=call.axes + mapped), *front)
+    )
+
+
+def _innermost() -> Any | None:
+    """The transform that sees an operator first."""
+    return None if peek_interpreter_stack() is None else retrieve_current_functorch_interpreter()
+
+
+def _without_vmap(
+    transform: Any, inputs: Sequence[Tensor], then: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `then(whether there is a client axis, *inputs with it in front)` gives outside of this `vmap`."""
     level = transform.level()
     pairs = [_unwrap_batched(t, level) for t in inputs]
     with transform.lower():
         size = next((t.shape[dim] for t, dim in pairs if dim is not None), None)
         if size is None:
-            return _call(call, *inputs)
-        front = (t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs)
-        outputs = _call(call._replace(axes=call.axes + 1), *front)
+            return then(False, *inputs)
+        outputs = then(True, *(_in_front(t, dim, size) for t, dim in pairs))
     return tuple(_add_batch_dim(o, 0, level) for o in outputs)
+
+
+def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim is None:
+        return t.expand(size, *t.shape)
+    return t.movedim(dim, 0) if dim else t  # an operator less
 
 
 def _record(call: _Forward | _Backward, *inputs: Tensor) -> tuple[Tensor, ...]:

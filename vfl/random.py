@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfl.operation import at_once
+
 _GOLDEN = -0x61C8864680B583EB  # 2⁶⁴ / golden ratio, as a signed integer
 _MIX1 = -0x40A7B892E31B1A47
 _MIX2 = -0x6B2FB644ECCEEE15
@@ -68,7 +70,14 @@ def subset(key: Tensor, n: int, k: int) -> Tensor:
     """Which k of n are chosen, every set equally likely: bool [..., n]. Much cheaper than `choice` for large n."""
     if not 0 <= k <= n:
         raise ValueError(f"subset chooses from 0 to n = {n}, not {k}")
-    return _subset(key, n, k)
+    return at_once(lambda key: (_subset(key, n, k),), key)[0]
+
+
+def positions(key: Tensor, n: int, k: int) -> Tensor:
+    """Where `subset` is true, in no order: int64 [..., k]. Of a small share of n this is the cheaper form."""
+    if not 0 <= k <= n:
+        raise ValueError(f"positions chooses from 0 to n = {n}, not {k}")
+    return at_once(lambda key: (_positions(key, n, k),), key)[0]
 
 
 def randint(key: Tensor, shape: Sequence[int], high: int) -> Tensor:
@@ -83,12 +92,12 @@ def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float3
     """Floats uniform on [0, 1): [..., *shape]; float32 or float64, since rounding to fewer bits would reach 1."""
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"uniform draws float32 or float64, not {dtype}")
-    return _uniform(key, list(shape), dtype)
+    return at_once(lambda key: (_uniform(key, list(shape), dtype),), key)[0]
 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal floats: [..., *shape]."""
-    return _normal(key, list(shape), dtype)
+    return at_once(lambda key: (_normal(key, list(shape), dtype),), key)[0]
 
 
 def bernoulli(key: Tensor, p: Tensor | float, shape: Sequence[int]) -> Tensor:
@@ -155,26 +164,56 @@ def _normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     return _rows(key, shape, dtype, lambda draw: draw.standard_normal)
 
 
+SPARSE = 20
+"""Of one in so many and fewer, the places are drawn; of more, a coin is tossed for each."""
+
+
 @torch.library.custom_op("vfl::subset", mutates_args=(), device_types="cpu")
 def _subset(key: Tensor, n: int, k: int) -> Tensor:
     out = np.zeros((key.numel(), n), bool)
     for row, draw in zip(out, _streams(key), strict=True):
-        if 20 * k <= n:
-            row[draw.choice(n, k, replace=False, shuffle=False)] = True
-            continue
-        # Sixteen-bit coins choose about k; a uniform set of those in excess is taken back, of those missing added.
-        words = draw.bit_generator.random_raw(-(-n // 4)).view(np.uint16)[:n]
-        np.less(words, round(2**16 * k / n), out=row)
-        excess = int(np.count_nonzero(row)) - k
-        candidates = np.flatnonzero(row if excess > 0 else ~row)
-        row[candidates[draw.choice(len(candidates), abs(excess), replace=False, shuffle=False)]] = excess < 0
+        if SPARSE * k <= n:
+            row[_drawn(draw, n, k)] = True
+        else:
+            _tossed(draw, k, row)
     return torch.from_numpy(out).reshape((*key.shape, n))
+
+
+@torch.library.custom_op("vfl::positions", mutates_args=(), device_types="cpu")
+def _positions(key: Tensor, n: int, k: int) -> Tensor:
+    out, row = np.empty((key.numel(), k), np.int64), np.zeros(n, bool)
+    for places, draw in zip(out, _streams(key), strict=True):
+        if SPARSE * k <= n:
+            places[:] = _drawn(draw, n, k)
+        else:
+            _tossed(draw, k, row)
+            places[:] = np.flatnonzero(row)
+    return torch.from_numpy(out).reshape((*key.shape, k))
+
+
+def _drawn(draw: np.random.Generator, n: int, k: int) -> np.ndarray:
+    return draw.choice(n, k, replace=False, shuffle=False)
+
+
+def _tossed(draw: np.random.Generator, k: int, row: np.ndarray) -> None:
+    # Sixteen-bit coins choose about k; a uniform set of those in excess is taken back, of those missing added.
+    n = len(row)
+    words = draw.bit_generator.random_raw(-(-n // 4)).view(np.uint16)[:n]
+    np.less(words, round(2**16 * k / n), out=row)
+    excess = int(np.count_nonzero(row)) - k
+    candidates = np.flatnonzero(row if excess > 0 else ~row)
+    row[candidates[_drawn(draw, len(candidates), abs(excess))]] = excess < 0
 
 
 @_subset.register_kernel("cuda")
 def _hashed_subset(key: Tensor, n: int, k: int) -> Tensor:
-    lowest = bits(key, n).topk(k, dim=-1, sorted=False).indices
+    lowest = _hashed_positions(key, n, k)
     return key.new_zeros((*key.shape, n), dtype=torch.bool).scatter(-1, lowest, True)
+
+
+@_positions.register_kernel("cuda")
+def _hashed_positions(key: Tensor, n: int, k: int) -> Tensor:
+    return bits(key, n).topk(k, dim=-1, sorted=False).indices
 
 
 @_subset.register_fake
@@ -182,9 +221,16 @@ def _subset_shape(key: Tensor, n: int, k: int) -> Tensor:
     return key.new_empty((*key.shape, n), dtype=torch.bool)
 
 
-@_subset.register_vmap
-def _batched_subset(info, in_dims, key, n, k):  # pyright: ignore
-    return _subset(key.movedim(in_dims[0], 0), n, k), 0
+@_positions.register_fake
+def _positions_shape(key: Tensor, n: int, k: int) -> Tensor:
+    return key.new_empty((*key.shape, k))
+
+
+for _choosing in (_subset, _positions):
+
+    @_choosing.register_vmap
+    def _batched_choice(info, in_dims, key, n, k, op=_choosing):  # pyright: ignore
+        return op(key.movedim(in_dims[0], 0), n, k), 0
 
 
 @_uniform.register_kernel("cuda")

@@ -1,4 +1,8 @@
-"""The types of a compressor, and how the size of what it sends is counted. D entries of a vector."""
+"""The types of a compressor, and how the size of what it sends is counted. D entries of a vector.
+
+Compressors are written for one vector [D] with a key [] or, with any axes in front of these, for many: so `vmap` takes
+no operator of theirs apart (`vfl.operation.at_once`).
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ class Layout(NamedTuple):
 
 
 class Code(NamedTuple):
-    """How a vector is written: a header, then for each entry that is sent its value and its position."""
+    """How a vector is written: a header, then for each entry that is sent its value and its position. [...] each."""
 
     header: Number  # bits beside the entries
     entries: Number  # how many are sent
@@ -64,8 +68,9 @@ class Code(NamedTuple):
     position: Number  # bits of an entry's position; 0: the receiver knows it
 
     def bits(self, device: torch.device) -> Tensor:
-        """The whole size [] float64; at least 1, since who sends nothing says so."""
-        return scalar(self.header + self.entries * (self.value + self.position), device).clamp(min=1)
+        """The whole size [...] float64; at least 1, since who sends nothing says so."""
+        size = self.header + self.entries * (self.value + self.position)
+        return scalar(size, device).clamp(min=1) if isinstance(size, Tensor) else scalar(max(size, 1.0), device)
 
 
 def plain(layout: Layout) -> Code:
@@ -76,7 +81,7 @@ def plain(layout: Layout) -> Code:
 class Operator(NamedTuple):
     """A compressor that can be applied after another one: `code` says how its input would be written."""
 
-    apply: Callable[[Tensor, Tensor, Code], tuple[Tensor, Code]]  # (v [D], key [], code) → C(v) [D], its code
+    apply: Callable[[Tensor, Tensor, Code], tuple[Tensor, Code]]  # (v [..., D], key [...], code) → C(v), its code
     omega: float | None
     alpha: float | None
     projects: bool = False  # C(v) is an orthogonal projection of v, so ‖C(v)‖² = ‖v‖² − ‖C(v) − v‖²
@@ -93,7 +98,7 @@ def projection(apply: Callable[[Tensor, Tensor, Code], tuple[Tensor, Code]], alp
 
 
 def scalar(x: Number, device: torch.device) -> Tensor:
-    """A number as float64 []."""
+    """A number as float64 [...]."""
     return x.to(torch.float64) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
 
 

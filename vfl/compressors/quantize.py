@@ -1,7 +1,7 @@
 """Compressors that send every entry in fewer bits. D entries, b bits of a float.
 
 A pass over a fresh tensor costs several times one over a tensor in the cache. So what a function has just made is
-changed in place, where it depends on all that changes it: then vmap has it batched whenever the other is.
+changed in place.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ INTEGERS = {  # of the width of each float
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
+_SIGN = {integer: torch.iinfo(integer).min for integer in INTEGERS.values()}  # the highest bit
 
 
 def natural(*, layout: Layout) -> Operator:
@@ -34,7 +35,7 @@ def natural(*, layout: Layout) -> Operator:
         # A random number below the last place is added to the fraction, and the fraction cut off: what carries into
         # the exponent does so with exactly the fraction's value as probability, below the normal numbers too.
         below = _uniform(v, key).mul_(2.0**digits).to(INTEGERS[v.dtype])
-        value = (v.view(below.dtype) + below).bitwise_and_(_without_fraction(v.dtype)).view(v.dtype)
+        value = below.add_(v.view(below.dtype)).bitwise_and_(_without_fraction(v.dtype)).view(v.dtype)
         value = value.add_(v, alpha=0)  # 0·v keeps NaN, whose fraction could carry into the sign
         return value, code._replace(header=0.0, value=float(layout.float_bits - digits))
 
@@ -56,8 +57,8 @@ def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) / s
-        raised = torch.addcdiv(u, v.to(u.dtype), torch.where(step > 0, step, 1))
-        level = raised.floor_().clamp_min_(-s).clamp_max_(s)  # a norm rounded down could leave |v|/step above s
+        raised = u.addcdiv_(v.to(u.dtype), torch.where(step > 0, step, 1))
+        level = raised.floor_().clamp_(-s, s)  # a norm rounded down could leave |v|/step above s
         return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
 
     return unbiased(apply, omega)
@@ -85,13 +86,15 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) * lowest
-        size = v.abs().to(u.dtype).div_(torch.where(step > 0, step, 1))
+        wide, integer, mask = v.to(u.dtype), INTEGERS[u.dtype], _without_fraction(u.dtype)
+        away = u.copysign_(wide)  # from 0
+        scaled = wide / torch.where(step > 0, step, 1)
         # In units of the lowest level, the gap above is 1 below the level 1, else the power of two below.
-        integer, mask = INTEGERS[u.dtype], _without_fraction(u.dtype)
-        gap = (size.view(integer) & mask).view(u.dtype).clamp_min_(1)
-        raised = torch.addcmul(size, gap, u)
-        level = raised.view(integer).bitwise_and_(mask).view(u.dtype).floor_().clamp_max_(1 / lowest)
-        return level.mul_(step).copysign_(v).to(v.dtype), _dithered(code, layout, s)
+        gap = (scaled.view(integer) & (mask ^ _SIGN[integer])).view(u.dtype).clamp_min_(1)
+        raised = away.mul_(gap).add_(scaled)
+        # Of the powers of two below 1, none is rounded up.
+        level = raised.view(integer).bitwise_and_(mask).view(u.dtype).round_().clamp_(-1 / lowest, 1 / lowest)
+        return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
 
     return unbiased(apply, 1 / 8 + excess * min(1, excess))
 
@@ -101,8 +104,11 @@ def sign(*, layout: Layout) -> Operator:
     D = layout.entries
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        mean = v.abs().sum() / D
-        return torch.copysign(mean, v), Code(float(layout.float_bits), float(D), 1.0, 0.0)
+        integer = INTEGERS[v.dtype]
+        mean = v.abs().sum(-1, keepdim=True).div_(D)
+        # As `copysign` would, which takes longer: the bit of the sign from v, the others from the mean.
+        value = v.view(integer).bitwise_and(_SIGN[integer]).bitwise_or_(mean.view(integer)).view(v.dtype)
+        return value, Code(float(layout.float_bits), float(D), 1.0, 0.0)
 
     return projection(apply, 1 / D)
 
@@ -131,29 +137,35 @@ def check_quantize(bits: int, threshold: float) -> None:
 
 
 def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -> tuple[Tensor, Code]:
-    """`quantize` of v [D] with a threshold that may be a tensor [] below 1, the round's own, and how it is written."""
+    """`quantize` of v [..., D] with a threshold, the round's own, that may be a tensor [...], and how it is written."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    parts = wide.split(layout.sizes, -1)
+    lows, highs = (
+        torch.cat([bound(part, -1, keepdim=True) for part in parts], -1) for bound in (torch.amin, torch.amax)
+    )
+    steps = (highs - lows) / (2**bits - 1)  # [..., layers]; an infinite one makes every value NaN
+    units = torch.where(steps > 0, steps, 1)
+    value = wide.clone()
+    each = (t.split(1, -1) for t in (lows, units, steps))
+    for part, low, unit, step in zip(value.split(layout.sizes, -1), *each, strict=True):
+        part.sub_(low).div_(unit).round_().mul_(step).add_(low)
+    value = value.to(v.dtype)
 
-    def layer(v: Tensor) -> tuple[Tensor, Tensor | int]:
-        wide = v.to(torch.promote_types(v.dtype, torch.float32))
-        low, high = wide.amin(), wide.amax()
-        step = (high - low) / (2**bits - 1)  # an infinite one makes every value NaN
-        value = (wide - low).div_(torch.where(step > 0, step, 1)).round_().mul_(step).add_(low)
-        if not isinstance(threshold, Tensor) and not threshold:
-            return value.to(v.dtype), v.numel()
+    def layer(v: Tensor) -> Tensor:
         size = v.abs()
         # The first value at or above the quantile's position, for layers of any length (torch.quantile stops at 2²⁴).
         if isinstance(threshold, Tensor):
-            at = torch.ceil(threshold.to(torch.float64) * (v.numel() - 1)).long()
-            least_kept = size.sort().values.gather(0, at.unsqueeze(0)).squeeze(0)
+            at = torch.ceil(threshold.to(torch.float64) * (v.shape[-1] - 1)).long()
+            least_kept = size.sort().values.gather(-1, at[..., None])
         else:
-            least_kept = size.kthvalue(math.ceil(threshold * (v.numel() - 1)) + 1).values
-        kept = size >= least_kept
-        return (value * kept).to(v.dtype), kept.sum()
+            least_kept = size.kthvalue(math.ceil(threshold * (v.shape[-1] - 1)) + 1, keepdim=True).values
+        return size >= least_kept
 
-    values, kept = zip(*map(layer, v.split(layout.sizes)), strict=True)
     header = 2.0 * layout.float_bits * len(layout.shapes)
-    position = float(layout.position_bits) if isinstance(threshold, Tensor) or threshold else 0.0
-    return torch.cat(values), Code(header, sum(kept), float(bits), position)
+    if not isinstance(threshold, Tensor) and not threshold:
+        return value, Code(header, float(layout.entries), float(bits), 0.0)
+    kept = torch.cat([layer(part) for part in v.split(layout.sizes, -1)], -1)
+    return value * kept, Code(header, kept.sum(-1), float(bits), float(layout.position_bits))
 
 
 def _digits(dtype: torch.dtype) -> int:
@@ -167,16 +179,16 @@ def _without_fraction(dtype: torch.dtype) -> int:
 
 
 def _uniform(v: Tensor, key: Tensor) -> Tensor:
-    """Uniform numbers for the entries of v [D], as precise as they."""
-    return random.uniform(key, v.shape, torch.float64 if v.dtype == torch.float64 else torch.float32)
+    """Uniform numbers for the entries of v [..., D], as precise as they."""
+    return random.uniform(key, v.shape[-1:], torch.float64 if v.dtype == torch.float64 else torch.float32)
 
 
 def _norm(v: Tensor, p: float) -> Tensor:
-    """The p-norm in at least float32, as the receiver gets it: a float of v's type."""
+    """The p-norm [..., 1] in at least float32, as the receiver gets it: a float of v's type."""
     wide = torch.promote_types(v.dtype, torch.float32)
     if p == math.inf:
-        return v.abs().amax().to(wide)
-    n = torch.linalg.vector_norm(v, p, dtype=wide)
+        return torch.maximum(v.amax(-1, keepdim=True), -v.amin(-1, keepdim=True)).to(wide)
+    n = torch.linalg.vector_norm(v, p, -1, keepdim=True, dtype=wide)
     if wide == v.dtype:
         return n
     return (n * (1 + torch.finfo(v.dtype).eps)).to(v.dtype).to(wide)  # rounded up, so that no entry exceeds it

@@ -20,11 +20,13 @@ def bernoulli(p: float, *, layout: Layout) -> Operator:
     if not 0 < p <= 1:
         raise UsageError(f"compressor bernoulli:{p} sends with a probability above 0 and at most 1")
 
+    most = max(round(p * 2**64), 1) - 2**63 - 1  # of 64-bit integers, a share p is no larger
+
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        sent = random.bernoulli(key, p, ())
+        sent = random.bits(key, 1) <= most  # [..., 1]; one coin costs less by the hash than by a stream
+        one = sent.squeeze(-1).to(torch.float64)
         # Zero times infinity is NaN: a vector that is not finite shows even when it is not sent.
-        one = sent.to(torch.float64)
-        return v * (one / p).to(v.dtype), code._replace(header=code.header * one, entries=code.entries * one)
+        return v * (sent.to(v.dtype) * (1 / p)), code._replace(header=code.header * one, entries=code.entries * one)
 
     return unbiased(apply, 1 / p - 1)
 
@@ -35,11 +37,15 @@ def rand_k(k: str, *, layout: Layout) -> Operator:
     count = entries("rand_k", k, D)
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        chosen = random.subset(key, D, count)
         # Multiplied, not selected: an entry that is not finite leaves NaN behind even where it is not chosen.
-        # As bytes, since torch converts bools to floats several times more slowly.
-        kept = chosen.view(torch.uint8).to(v.dtype)
-        return (v * kept).mul_(D / count), code._replace(entries=least(code.entries, count))
+        if random.SPARSE * count <= D:
+            at = random.positions(key, D, count)
+            value = (v * 0).scatter_(-1, at, v.gather(-1, at) * (D / count))
+        else:
+            # As bytes, since torch converts bools to floats several times more slowly.
+            kept = random.subset(key, D, count).view(torch.uint8).to(v.dtype)
+            value = kept.mul_(v).mul_(D / count)
+        return value, code._replace(entries=least(code.entries, count))
 
     return unbiased(apply, D / count - 1)
 
@@ -51,7 +57,7 @@ def top_k(k: str, *, layout: Layout) -> Operator:
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         at = v.abs().topk(count, sorted=False).indices
-        value = torch.zeros_like(v).scatter(0, at, v.gather(0, at))
+        value = torch.zeros_like(v).scatter_(-1, at, v.gather(-1, at))
         return value, code._replace(entries=least(code.entries, count), position=float(layout.position_bits))
 
     return projection(apply, count / D)
@@ -71,15 +77,15 @@ def rank_k(k: int, *, layout: Layout) -> Operator:
     sizes = [k * (A + B) if low else A * B for (A, B), low in zip(matrices, reduced, strict=True)]
 
     def approximate(part: Tensor, matrix: tuple[int, int]) -> Tensor:
-        M = part.reshape(matrix).to(torch.promote_types(part.dtype, torch.float32))
-        finite = torch.isfinite(M).all()
+        M = part.unflatten(-1, matrix).to(torch.promote_types(part.dtype, torch.float32))
+        finite = torch.isfinite(M).all(-1).all(-1)[..., None, None]
         U, S, Vh = torch.linalg.svd(torch.where(finite, M, 0), full_matrices=False)
-        left, right = (U[:, :k] * S[:k]).to(part.dtype), Vh[:k].to(part.dtype)
-        return torch.where(finite, left @ right, torch.nan).reshape(-1)
+        left, right = (U[..., :k] * S[..., None, :k]).to(part.dtype), Vh[..., :k, :].to(part.dtype)
+        return torch.where(finite, left @ right, torch.nan).flatten(-2)
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        parts = zip(v.split(layout.sizes), matrices, reduced, strict=True)
-        value = torch.cat([approximate(part, matrix) if low else part for part, matrix, low in parts])
+        parts = zip(v.split(layout.sizes, -1), matrices, reduced, strict=True)
+        value = torch.cat([approximate(part, matrix) if low else part for part, matrix, low in parts], -1)
         return value, Code(float(b * sum(sizes)), float(layout.entries), 0.0, 0.0)
 
     ratios = [k / min(matrix) for matrix, low in zip(matrices, reduced, strict=True) if low]

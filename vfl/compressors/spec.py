@@ -23,6 +23,7 @@ from vfl.compressors.quantize import (
 )
 from vfl.compressors.sparse import bernoulli, identity, rand_k, rank_k, top_k
 from vfl.errors import UsageError
+from vfl.operation import at_once
 from vfl.spec import resolve
 
 COMPRESSORS: Mapping[str, Callable[..., Operator]] = {
@@ -58,12 +59,15 @@ def compressor(spec: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype = 
         raise UsageError("a compressor takes vectors of at least one entry")
     operator = _operator(spec.strip(), layout)
 
+    def all_at_once(v: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        value, code = operator.apply(v, key, plain(layout))
+        return value, code.bits(v.device).expand(v.shape[:-1])
+
     def compress(v: Tensor, key: Tensor) -> Compressed:
         if v.shape != (layout.entries,) or v.dtype != dtype:
             wanted, got = f"[{layout.entries}] {dtype}", f"{list(v.shape)} {v.dtype}"
             raise UsageError(f"compressor {spec} is made for vectors {wanted}, not {got}")
-        value, code = operator.apply(v, key, plain(layout))
-        return Compressed(value, code.bits(v.device))
+        return Compressed(*at_once(all_at_once, v, key))
 
     return Compressor(spec.strip(), compress, operator.omega, operator.alpha)
 
@@ -72,7 +76,7 @@ def compose(operators: Sequence[Operator]) -> Operator:
     """The first operator, then the second, and so on: ω + 1 = Π(ωᵢ + 1) when all are unbiased."""
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        for operator, k in zip(operators, random.split(key, len(operators)).unbind(), strict=True):
+        for operator, k in zip(operators, random.split(key, len(operators)).unbind(-1), strict=True):
             v, code = operator.apply(v, k, code)
         return v, code
 
@@ -108,14 +112,14 @@ def switch(operators: Sequence[Operator], probabilities: Sequence[float]) -> Ope
     """One of the operators, drawn for each vector: ω = Σ pᵢωᵢ, α = Σ pᵢαᵢ."""
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        coin, *keys = random.split(key, len(operators) + 1).unbind()
+        coin, *keys = random.split(key, len(operators) + 1).unbind(-1)
         u, reached = random.uniform(coin, (), torch.float64), 0.0
         value, chosen = operators[0].apply(v, keys[0], code)
         for n in range(1, len(operators)):
             reached += probabilities[n - 1]
             other, written = operators[n].apply(v, keys[n], code)
             later = u >= reached
-            value = torch.where(later, other, value)
+            value = torch.where(later[..., None], other, value)
             chosen = Code(*(_either(later, b, a) for a, b in zip(chosen, written, strict=True)))
         return value, chosen
 
