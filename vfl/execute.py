@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _remove_batch_dim
-from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,6 +31,7 @@ from vfl.matmul import faster_products
 from vfl.operators import Operators
 from vfl.reduce import Results, Sums, add
 from vfl.task import Weight
+from vfl.transforms import mapped
 
 log = logging.getLogger("vfl")
 
@@ -108,19 +107,11 @@ def by_vmap(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs) ->
     """All clients of the chunk at once, and all replicas."""
     if problem.replicas is not None:
         alone = problem._replace(replicas=None)
-        return _mapped(
+        return mapped(
             lambda both: by_vmap(alone, bounds, shared._replace(sent=both[0]), both[1]), (shared.sent, inputs),
             problem.replicas,
         )  # fmt: skip
-    return _mapped(lambda mine: one_client(problem, bounds, shared, mine), inputs, len(inputs.steps))
-
-
-def _mapped(function: Callable[[Any], Tree], stacked: Tree, count: int) -> Tree:
-    """`torch.func.vmap` of a function of one tree of tensors, without its checks, which cost 0.1 ms a call."""
-    lazy_load_decompositions()
-    with vmap_increment_nesting(count, "error") as level:
-        outputs = function(tree_map(lambda leaf: _add_batch_dim(leaf, 0, level), stacked))
-        return tree_map(lambda leaf: _remove_batch_dim(leaf, level, count, 0), outputs)
+    return mapped(lambda mine: one_client(problem, bounds, shared, mine), inputs, len(inputs.steps))
 
 
 def by_loop(problem: Problem, bounds: Bounds, shared: Shared, inputs: Inputs, ids: np.ndarray, round: int) -> Results:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.func import grad
 from torch.nn import functional
 
 from vfl.convolution import Wanted
@@ -21,6 +19,7 @@ from vfl.names import in_norms, select
 from vfl.normalization import MaskedBatchNorm
 from vfl.recompute import recompute as forgetting
 from vfl.slots import Stateless
+from vfl.transforms import pulled_back
 
 if TYPE_CHECKING:
     from vfl.problems import LinearProblem
@@ -220,43 +219,18 @@ def task(
             return values
         return values + regularizer(torch.cat([p.reshape(-1) for p in parameters.values()]))
 
-    def learn(
-        parameters: dict[str, Tensor], batch: Batch, buffers: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Each example's loss [B], and the module's buffers after the forward pass."""
-        outputs, after = forward(learning, parameters, batch, buffers)
-        return losses(parameters, outputs, batch), after
-
     def grad_fn(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Aux]:
+        def learn(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            parameters = dict(zip(names, leaves, strict=True))
+            outputs, after = forward(learning, parameters, batch, buffers)
+            return losses(parameters, outputs, batch), after
+
         examples = batch.mask.sum()
         # The mean's gradient is the losses' gradients with these weights, so the mean itself is not computed.
         share = batch.mask.to(x.dtype) / examples.clamp(min=1)
-        if peek_interpreter_stack() is None:
-            g, values, after = plain_grad(x, share, batch, buffers)
-        else:
-            g, (values, after) = functional_grad(x, share, batch, buffers)
+        pieces, values, after = pulled_back(learn, list(made.parameters(x).values()), share)
+        g = torch.cat([piece.flatten() for piece in pieces])
         return g, Aux(torch.where(batch.mask, values, 0).sum(), examples, after)
-
-    def plain_grad(
-        x: Tensor, share: Tensor, batch: Batch, buffers: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        # Under no transform, autograd itself gives the same numbers in a third of the time.
-        leaves = {name: p.requires_grad_() for name, p in made.parameters(x.detach()).items()}
-        with torch.enable_grad():
-            values, after = learn(leaves, batch, buffers)
-        if not values.requires_grad:  # the outputs do not depend on the parameters
-            return torch.zeros_like(x), values, after
-        pieces = torch.autograd.grad(values, list(leaves.values()), share.to(values.dtype), materialize_grads=True)
-        return torch.cat([piece.reshape(-1) for piece in pieces]), values.detach(), after
-
-    def functional_grad(
-        x: Tensor, share: Tensor, batch: Batch, buffers: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, tuple[Tensor, ...]]]:
-        def weighted(x: Tensor) -> tuple[Tensor, tuple[Tensor, tuple[Tensor, ...]]]:
-            values, after = learn(made.parameters(x), batch, buffers)
-            return values @ share.to(values.dtype), (values.detach(), after)
-
-        return grad(weighted, has_aux=True)(x)  # of x alone: what else it took would be wrapped and unwrapped
 
     def evaluate(x: Tensor, batch: Batch, buffers: tuple[Tensor, ...]) -> dict[str, Tensor]:
         parameters = made.parameters(x)
