@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad, vmap
 from torch.nn import functional
 
 from vfl import random
@@ -592,6 +592,27 @@ def test_cross_entropy_of_sequences_is_the_mean_over_positions() -> None:
     torch.testing.assert_close(cross_entropy(outputs, targets), expected, **NEAR)
     each = functional.cross_entropy(outputs[:, 0], targets[:, 0], reduction="none")
     torch.testing.assert_close(cross_entropy(outputs[:, 0], targets[:, 0]), each, **NEAR)
+
+
+def test_the_vmapped_cross_entropy_is_torchs_to_the_bit_and_leaves_out_what_torch_ignores() -> None:
+    outputs, targets = normal(3, 8, 5), labels(3, 8)
+    targets[1, :6] = -100
+
+    weight = torch.arange(1.0, 9.0, dtype=F64)
+
+    def torchs(o: Tensor, t: Tensor) -> Tensor:
+        return functional.cross_entropy(o, t, reduction="none")
+
+    def gradient(loss, o: Tensor, t: Tensor) -> Tensor:
+        return grad(lambda o: loss(o, t) @ weight)(o)
+
+    losses = vmap(cross_entropy)(outputs, targets)
+    gradients = vmap(lambda o, t: gradient(cross_entropy, o, t))(outputs, targets)
+    for c in range(3):
+        assert torch.equal(losses[c], torchs(outputs[c], targets[c]))
+        assert torch.equal(gradients[c], gradient(torchs, outputs[c], targets[c]))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        vmap(cross_entropy)(outputs, torch.full_like(targets, -1))
 
 
 def test_accuracy_of_sequences_is_the_share_of_positions() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 
 from vfl.convolution import Wanted
@@ -17,12 +18,15 @@ from vfl.formulations import FORMULATIONS
 from vfl.layers import KeyedDropout, functionalize
 from vfl.names import in_norms, select
 from vfl.normalization import MaskedBatchNorm
+from vfl.operation import vmapped
 from vfl.recompute import recompute as forgetting
 from vfl.slots import Stateless
 from vfl.transforms import pulled_back
 
 if TYPE_CHECKING:
     from vfl.problems import LinearProblem
+
+IGNORED = -100  # the label of what counts for nothing, as in torch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs [B, ...], targets [B, ...]) → one loss an example [B]."""
@@ -106,7 +110,13 @@ class Task(NamedTuple):
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Softmax cross-entropy an example [B], in nats: outputs [B, classes], or [B, T, classes] (mean over T)."""
-    losses = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+    scores, labels = outputs.flatten(0, -2), targets.flatten()
+    if vmapped() and get_proxy_mode() is None:  # torch's takes dozens of calls there, compiled programs none
+        real = labels != IGNORED
+        found = functional.log_softmax(scores, -1).gather(-1, labels.where(real, 0)[:, None])
+        losses = (-found[:, 0]).where(real, 0)
+    else:
+        losses = functional.cross_entropy(scores, labels, reduction="none", ignore_index=IGNORED)
     return losses if targets.dim() == 1 else _by_example(losses, targets).mean(1)
 
 
