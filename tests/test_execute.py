@@ -398,6 +398,13 @@ def test_a_run_starts_with_what_an_earlier_one_has_measured():
     assert "loop" in played(named("b", 1e9), seconds)  # another kind of work
 
 
+def test_short_runs_that_keep_coming_repay_a_program_together(tmp_path, monkeypatch):
+    """It is expected to cost 39 seconds, to halve these runs of 50 each, and to be worth it at twice its cost."""
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
+    ways = [played(named("g", 1000.0), {"loop": 1.0, "vmap": 0.5, "compile": 0.25}) for _ in range(4)]
+    assert ["compile" in run for run in ways] == [False, False, False, True]
+
+
 def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(tmp_path, monkeypatch):
     """Of 1,000 steps, a program in place of vmap saves 10 seconds."""
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
@@ -424,7 +431,7 @@ def test_a_later_run_compiles_from_its_first_round_and_rare_shapes_go_the_best_o
     task, data = regression(), federated(sizes=[12] * 12 + [3])
     options = {"clients_per_round": "all", "work": vfl.Work(batch_size=3)}
     engine = vfl.Engine(FedAvg().build(task, 13), task, data, execution="auto", chunk=None, **options)
-    engine.executor.tuner._known = choices.Choice(16, {"vmap": 1.0, "loop": 2.0, "compile": 4.0}, 1.0, None, None)
+    engine.executor.tuner._known = choices.Choice(16, {"vmap": 1.0, "loop": 2.0, "compile": 4.0}, 1.0, None, None, 0.0)
     engine.executor._compiled_chunk = 2
     state, played = engine.init(0), []
     for _ in range(SEEN):
@@ -447,8 +454,8 @@ def test_a_broken_file_of_timings_is_no_file(text, tmp_path, monkeypatch):
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
     (tmp_path / "executions.json").write_text(text)
     assert choices.recall("d") is None
-    choices.remember("d", choices.Choice(4, {"vmap": 2.0}, 9.0, None, None))
-    assert choices.recall("d") == choices.Choice(4, {"vmap": 2.0}, 9.0, None, None)
+    choices.remember("d", choices.Choice(4, {"vmap": 2.0}, 9.0, None, None, 7.0))
+    assert choices.recall("d") == choices.Choice(4, {"vmap": 2.0}, 9.0, None, None, 7.0)
 
 
 def test_timings_are_kept_for_the_next_run(tmp_path, monkeypatch, caplog):

@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     compile_seconds: float | None  # what making a program took
     again_seconds: float | None  # what it took when the compiler's cache on disk held it from an earlier run
     programs: str | None  # that cache's folder
+    steps: float  # local steps that the runs so far were to take
 
 
 def folder() -> Path:
@@ -40,7 +41,8 @@ def recall(name: str) -> Choice | None:
         entry = _entries("executions")[name]
         rates = {str(way): float(rate) for way, rate in dict(entry["rates"]).items()}
         first, again = (None if s is None else float(s) for s in (entry["compile_seconds"], entry["again_seconds"]))
-        return Choice(int(entry["chunk"]), rates, first, again, entry["programs"] and str(entry["programs"]))
+        programs = None if entry["programs"] is None else str(entry["programs"])
+        return Choice(int(entry["chunk"]), rates, first, again, programs, float(entry["steps"]))
     except (KeyError, TypeError, ValueError):
         return None
 

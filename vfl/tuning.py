@@ -45,7 +45,8 @@ class Tuner:
     best way.
 
     A way that is not measurably faster than the best so far is not taken. What is learnt concerns speed alone: the
-    results are the same up to rounding. It is remembered under `name`, and the next run of this kind starts with it.
+    results are the same up to rounding. It is remembered under `name`, and the next run of this kind starts with it; so
+    runs that are too short for it alone compile once they would have repaid it together.
     """
 
     def __init__(self, wanted: Execution, chunk: ChunkSize, name: str | None = None, threads: int = 1) -> None:
@@ -67,7 +68,7 @@ class Tuner:
         self._known = recall(name) if name is not None and wanted == "auto" else None
         self._kept = False  # whether the compiler's cache on disk still holds that run's programs
         self._expected: float | None = None  # seconds for a program, by that run
-        self._begun = False
+        self._planned: float | None = None  # local steps of this run
 
     @property
     def learning(self) -> bool:
@@ -77,9 +78,10 @@ class Tuner:
     def begin(self, steps_to_come: float) -> None:
         """Says how many local steps the run still holds."""
         self.steps_to_come = steps_to_come
-        if self._known and not self._begun:
-            self._start_from(self._known)
-        self._begun = True
+        if self._planned is None:
+            self._planned = steps_to_come
+            if self._known:
+                self._start_from(self._known)
 
     def way(self) -> Way:
         """How to run the next chunk."""
@@ -140,6 +142,7 @@ class Tuner:
         steps, eager = share * self.steps_to_come, self._rates[self.eager]
         compiled = next((rate for way, rate in self._rates.items() if way.mode == "compile"), None)
         if compiled is None:
+            steps += share * (self._known.steps if self._known else 0.0)  # such runs keep coming, and find the program
             return steps / eager * (1 - 1 / SPEEDUP) > 2 * self._cost(depth)
         return steps * (1 / eager - 1 / compiled) > self._cost(depth)
 
@@ -197,13 +200,14 @@ class Tuner:
         """Remembers what was measured."""
         if self.name is None or self.wanted != "auto":
             return
-        before = self._known or Choice(self.chunk.size, {}, None, None, None)
+        before = self._known or Choice(self.chunk.size, {}, None, None, None, 0.0)
         first, again, programs = before.compile_seconds, before.again_seconds, before.programs
         if self._compiled:
             made, programs = fmean(self._compiled), program_folder()
             first, again = (first, made) if self._kept else (made, again)
         rates = {str(way): rate for way, rate in self._rates.items()}
-        remember(self.name, Choice(self.chunk.size, rates, first, again, programs))
+        steps = before.steps + (self._planned or 0.0)
+        remember(self.name, Choice(self.chunk.size, rates, first, again, programs, steps))
 
     def _start_from(self, known: Choice) -> None:
         """Takes over what an earlier run of this kind has measured."""
