@@ -29,7 +29,6 @@ from benchmarks.measuring import result, save, seconds
 from benchmarks.systems import ours, torch_loop
 from benchmarks.tables import Column, Row, markdown, number, terminal
 from benchmarks.work import ROUNDS, Work, parameters
-from vfl import matmul
 from vfl.errors import UsageError
 from vfl.layers import functionalize
 
@@ -39,7 +38,7 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch.mm": torch.mm, "vfl": matmul.product}
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch.mm": torch.mm, "vfl": torch.ops.vfl.product}
 if torch.backends.mkldnn.is_available():
     PRODUCTS["oneDNN"] = by_onednn
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}  # of the square matrices multiplied

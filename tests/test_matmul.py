@@ -4,6 +4,7 @@ import copy
 import ctypes
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vfl import matmul
+from vfl.base import take
 from vfl.execute import compile_graph
 
 aten, ours = torch.ops.aten, torch.ops.vfl
@@ -42,19 +44,32 @@ def test_products_and_sums_with_them_are_right_to_rounding(shape: tuple[int, int
     a, b = factors(*shape, layout)
     base = torch.randn(*a.shape[:-1], b.shape[-1])
     assert error(ours.product(a, b), a, b, None, 1.0) <= 1
-    assert error(ours.add_product(base, a, b, torch.tensor(-0.3)), a, b, base, -0.3) <= 1
+    assert error(ours.add_product(base, torch.tensor(-0.3), a, b), a, b, base, -0.3) <= 1
 
 
 def test_each_product_of_several_has_its_own_factor_base_and_strides() -> None:
     a, b, factor = torch.randn(4, 3, 20), torch.randn(9, 20).t().expand(4, 20, 9), torch.tensor([1.0, -2.0, 0.5, 0.0])
     base = torch.randn(3, 9)
-    found = ours.add_product(base.expand(4, 3, 9), a, b, factor)
+    found = ours.add_product(base.expand(4, 3, 9), factor, a, b)
     torch.testing.assert_close(found, base + factor[:, None, None] * (a @ b))
     every_other = torch.randn(4, 40, 18)[:, ::2, ::2]  # neither rows nor columns side by side
     torch.testing.assert_close(ours.product(a, every_other), a @ every_other)
     torch.testing.assert_close(
-        ours.add_product(base.expand(4, 3, 9), a, every_other, factor), base + factor[:, None, None] * (a @ every_other)
+        ours.add_product(base.expand(4, 3, 9), factor, a, every_other), base + factor[:, None, None] * (a @ every_other)
     )
+
+
+def test_rows_named_by_number_are_those_of_the_table() -> None:
+    table, w, g = torch.randn(50, 33), torch.randn(4, 9, 33), torch.randn(4, 7, 9)
+    rows, base, factor = torch.randint(50, (4, 7)), torch.randn(9, 33), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    for b in (w.mT, w.mT.contiguous()):
+        torch.testing.assert_close(ours.product_of_rows(table, rows, b), table[rows] @ b)
+    torch.testing.assert_close(ours.product_of_rows(table, rows[0], w[0].t()), table[rows[0]] @ w[0].t())
+    found = ours.add_product_of_rows(base.expand(4, 9, 33), factor, g.mT, table, rows)
+    torch.testing.assert_close(found, base + factor[:, None, None] * (g.mT @ table[rows]))
+    every_other = torch.arange(50)[::7][:7]
+    found = ours.add_product_of_rows(base, factor[1], g[0].t(), table, every_other)
+    torch.testing.assert_close(found, base - 2 * (g[0].t() @ table[every_other]))
 
 
 def test_threads_change_no_bit() -> None:
@@ -77,13 +92,13 @@ def test_processors_with_shorter_vectors_compute_the_same(options: list[str], tm
     source, library = Path(matmul.__file__).with_suffix(".cpp"), tmp_path / "matmul.so"
     subprocess.run(["g++", "-O1", *options, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     kernel = ctypes.CDLL(str(library)).kernel
-    kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 14
+    kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 15
     for z, m, k, n in SHAPES:
         for layout in ("", "b"):
             a, b = factors(z, m, k, n, layout)
             base, factor, c = torch.randn(z * m, n).view(*a.shape[:-1], n), torch.tensor(-0.3), torch.empty(z, m, n)
-            pointers = [t.data_ptr() for t in (a, b, base, factor, c)]
-            kernel(*pointers, z, m, k, n, m * k, k, 1, k * n, k if layout else n, m * n, 0, 1, bool(layout), 1)
+            pointers = [t.data_ptr() for t in (a, b, base, factor, a, c)]
+            kernel(*pointers, z, m, k, n, m * k, k, 1, k * n, k if layout else n, m * n, 0, 1, 0, bool(layout), 1)
             assert error(c.view_as(base), a, b, base, -0.3) <= 1
 
 
@@ -96,7 +111,7 @@ def test_products_go_to_the_library_that_is_faster_in_this_process_and_the_next(
     faster: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
-    monkeypatch.setattr(matmul, "_seconds", lambda product, a, b: 1.0 if (product is matmul.product) == faster else 2.0)
+    monkeypatch.setattr(matmul, "_seconds", lambda product, a, b: 1.0 if (product is ours.product) == faster else 2.0)
     a, b, c = torch.randn(64, 200), torch.randn(200, 300), torch.randn(300)
     graph = make_fx(lambda a, b, c: (a @ b, torch.addmm(c, a, b), a[:1] @ b))(a, b, c)
     wanted, before = graph(a, b, c), copy.deepcopy(graph)
@@ -133,6 +148,43 @@ def test_a_step_along_a_product_is_one_operation_in_a_compiled_program(
     for run in (lambda: graph(*inputs), lambda: compiled(*inputs)):
         for found, wanted in zip(run(), descent(*inputs), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def learnt(examples: torch.Tensor, rows: torch.Tensor, w: torch.Tensor, lr: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A step of a linear layer [60, 64] along some gradient, on a minibatch."""
+    x = take(examples, rows).flatten(1)
+    y = x @ w.view(60, 64).t()
+    return torch.addcmul(w, (y.t() @ x).flatten(), lr, value=-1), y
+
+
+def seen_otherwise(
+    examples: torch.Tensor, rows: torch.Tensor, w: torch.Tensor, lr: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    x = take(examples, rows).flatten(1)
+    return x @ w.view(60, 64).t(), (lr * x) @ w.view(60, 64).t(), x.t() @ x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on loading inductor
+@pytest.mark.parametrize("C", [None, 1, 4])
+@pytest.mark.parametrize(("function", "named", "copies"), [(learnt, (1, 1), 0), (seen_otherwise, (1, 0), 1)])
+def test_a_minibatch_that_products_alone_read_is_not_copied_together(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    named: tuple[int, int],
+    copies: int,
+    C: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matmul.choices, "fastest", lambda *_: "vfl")
+    many = () if C is None else (C,)
+    inputs = [torch.randn(40, 1, 8, 8), torch.randint(40, (*many, 20)), torch.randn(*many, 60 * 64), torch.tensor(0.1)]
+    mapped = function if C is None else torch.func.vmap(function, (None, 0, 0, None))
+    graph = matmul.faster_products(make_fx(mapped)(*inputs), inputs)
+    found = targets(graph)
+    assert (found.count(ours.product_of_rows.default), found.count(ours.add_product_of_rows.default)) == named
+    assert found.count(aten.embedding.default) == copies
+    for run in (graph, compile_graph(graph, inputs)):
+        for got, wanted in zip(run(*inputs), mapped(*inputs), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_step_whose_rate_or_order_differs_within_a_product_stays_two_operations(

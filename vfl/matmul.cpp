@@ -3,7 +3,8 @@
 // Letters: z products, a [z, m, k], b [z, k, n], base and c [z, m, n], all in floats. A vector is W neighbouring floats.
 // Strides are in floats. Rows of base and c lie side by side; a may have any strides. Where b's columns are neighbours,
 // a tile of c is a sum of outer products over k, kept in registers. Where the entries of a column of b are neighbours
-// (b is a transposed matrix), it is made of dot products along k.
+// (b is a transposed matrix), it is made of dot products along k. The rows of a, in dot products, or those of b, in outer
+// ones, may be rows of a table, named by their numbers: a minibatch need not be copied together first.
 
 #include <algorithm>
 #include <cstdint>
@@ -55,6 +56,7 @@ inline void put(float* to, Vector v, int count) { count == W ? put_all(to, v) : 
 struct Product {  // one of the z
   const float *a, *b, *base;  // base: or null
   float* c;
+  const int64_t *a_rows, *b_rows;  // their numbers [m] or [k], or null
   int64_t m, k, n, a_row, a_column, b_line;  // b_line: from one run of neighbours in b to the next
   float factor;
 };
@@ -64,10 +66,11 @@ template <int R, int V>
 void outer_tile(const Product& p, int64_t i, int64_t j, int last) {
   Vector sum[R][V] = {};
   const float *a = p.a + i * p.a_row, *b = p.b + j;
-  for (int64_t q = 0; q < p.k; q++, a += p.a_column, b += p.b_line) {
+  for (int64_t q = 0; q < p.k; q++, a += p.a_column) {
+    const float* from = b + (p.b_rows ? p.b_rows[q] : q) * p.b_line;
     Vector line[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) line[v] = get(b + v * W, v == V - 1 ? last : W);
+    for (int v = 0; v < V; v++) line[v] = get(from + v * W, v == V - 1 ? last : W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       Vector x = Vector{} + a[r * p.a_row];
@@ -123,14 +126,15 @@ void outer_products(const Product& p, const Tiles& tiles, int64_t line, bool by_
 template <int R, int N>
 void dot_tile(const Product& p, int64_t i, int64_t j) {
   Vector sum[R * N] = {};
-  const float *a = p.a + i * p.a_row, *b = p.b + j * p.b_line;
+  const float *a[R], *b = p.b + j * p.b_line;
+  for (int r = 0; r < R; r++) a[r] = p.a + (p.a_rows ? p.a_rows[i + r] : i + r) * p.a_row;
   auto add = [&](int64_t q, int count) {
     Vector column[N];
 #pragma GCC unroll 5
     for (int s = 0; s < N; s++) column[s] = get(b + s * p.b_line + q, count);
 #pragma GCC unroll 5
     for (int r = 0; r < R; r++) {
-      Vector row = get(a + r * p.a_row + q, count);
+      Vector row = get(a[r] + q, count);
 #pragma GCC unroll 5
       for (int s = 0; s < N; s++) sum[r * N + s] = multiply_add(row, column[s], sum[r * N + s]);
     }
@@ -195,21 +199,23 @@ void dot_products(const Product& p, int64_t from, int64_t to, int64_t block, int
 }  // namespace
 
 extern "C" void kernel(
-    const float* a, const float* b, const float* base, const float* factor, float* c,
+    const float* a, const float* b, const float* base, const float* factor, const int64_t* rows, float* c,
     int64_t z, int64_t m, int64_t k, int64_t n,
     int64_t a_next, int64_t a_row, int64_t a_column, int64_t b_next, int64_t b_line,
-    int64_t base_next, int64_t factor_next, int64_t added, int64_t transposed, int64_t threads) {
+    int64_t base_next, int64_t factor_next, int64_t added, int64_t named, int64_t transposed, int64_t threads) {
   auto product = [&](int64_t i) {
     return Product{a + i * a_next, b + i * b_next, added ? base + i * base_next : nullptr, c + i * m * n,
+                   named && transposed ? rows + i * m : nullptr, named && !transposed ? rows + i * k : nullptr,
                    m, k, n, a_row, a_column, b_line, added ? factor[i * factor_next] : 1};
   };
   if (z * m * k * n < SHARED) threads = 1;
   if (transposed) {
-    int64_t rows = std::max<int64_t>(PANEL / std::max<int64_t>(k, 1) / SQUARE * SQUARE, SQUARE), blocks = (n + SQUARE - 1) / SQUARE;
-    for (int64_t from = 0; from < m; from += rows) {
+    int64_t most = std::max<int64_t>(PANEL / std::max<int64_t>(k, 1) / SQUARE * SQUARE, SQUARE);
+    int64_t blocks = (n + SQUARE - 1) / SQUARE;
+    for (int64_t from = 0; from < m; from += most) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
       for (int64_t t = 0; t < z * blocks; t++)
-        dot_products(product(t / blocks), from, std::min(from + rows, m), t % blocks, blocks);
+        dot_products(product(t / blocks), from, std::min(from + most, m), t % blocks, blocks);
     }
   } else {
     Tiles tiles{m, n};

@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vfl import choices
@@ -29,60 +29,62 @@ LEAST = 2**16  # multiplications; below, calls cost more than their work
 TRIES = 7
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.t.default, aten.transpose.int,
-         aten.squeeze.dim, aten.unsqueeze.default, aten.select.int)  # fmt: skip
+ours = torch.ops.vfl
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS = (*RESHAPES, aten.t.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.select.int)
 
-_library = torch.library.Library("vfl", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b) -> Tensor")
-_library.define("add_product(Tensor base, Tensor a, Tensor b, Tensor factor) -> Tensor")
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, of float32 matrices on the CPU."""
-    return product_out(a, b, out=a.new_empty(*a.shape[:-1], b.shape[-1]))
+# Each into a dense tensor `out`; float32 on the CPU.
 
 
-def add_product(base: Tensor, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """base + factor a b, where factor is a number [] or one for each product [z]; a step along a weight's gradient."""
-    return add_product_out(base, a, b, factor, out=a.new_empty(*a.shape[:-1], b.shape[-1]))
+def product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """a b."""
+    return _call(a, b, None, None, None, out)
 
 
-def product_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """`product` into a dense tensor."""
-    _call(a, b, None, None, out)
-    return out
+def product_of_rows(table: Tensor, rows: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """a b for a = table[rows], whose rows are not copied; table [N, k], rows [(z,) m]."""
+    if b.stride(-2) != 1:  # whose columns would have to be neighbours
+        return _call(table[rows], b, None, None, None, out)
+    return _call(table, b, None, None, rows, out)
 
 
-def add_product_out(base: Tensor, a: Tensor, b: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
-    """`add_product` into a dense tensor."""
-    _call(a, b, base, factor, out)
-    return out
+def add_product(base: Tensor, factor: Tensor, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """base + factor · (a b), where factor is a number [] or one for each product [z]: a step along a gradient."""
+    return _call(a, b, base, factor, None, out)
 
 
-def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, out: Tensor) -> None:
-    *z, m, k = a.shape
-    *_, b_row, b_column = b.stride()
+def add_product_of_rows(base: Tensor, factor: Tensor, a: Tensor, table: Tensor, rows: Tensor, *, out: Tensor) -> Tensor:
+    """The same for b = table[rows]; table [N, n], rows [(z,) k]."""
+    return _call(a, table, base, factor, rows, out)
+
+
+def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, rows: Tensor | None, out: Tensor) -> Tensor:
+    """`rows` are those of a where the entries of b's columns are neighbours; else those of b."""
+    *z, m, n = out.shape
+    b_row, b_column = b.stride()[-2:]
     if 1 not in (b_row, b_column):
         b = b.contiguous()
-        *_, b_row, b_column = b.stride()
-    *a_next, a_row, a_column = a.stride()
+        b_row, b_column = b.stride()[-2:]
     transposed = b_column != 1
-    if transposed and a_column != 1:
+    if transposed and a.stride(-1) != 1:
         a = a.contiguous()
-        *a_next, a_row, a_column = a.stride()
-    n = b.shape[-1]
+    a_row, a_column = a.stride()[-2:]
     base_next = factor_next = 0
     if base is not None and factor is not None:
         if base.stride()[-2:] != (n, 1):
             base = base.contiguous()
         if z:
             base_next, factor_next = base.stride(0), factor.stride(0) if factor.dim() else 0
+    if rows is not None:
+        rows = rows.contiguous()
     _kernel()(
-        a, b, a if base is None else base, a if factor is None else factor, out,
-        z[0] if z else 1, m, k, n,
-        a_next[0] if z else 0, a_row, a_column, b.stride(0) if z else 0, b_row if not transposed else b_column,
-        base_next, factor_next, base is not None, transposed, torch.get_num_threads(),
+        a, b, a if base is None else base, a if factor is None else factor, a if rows is None else rows, out,
+        z[0] if z else 1, m, b.shape[-2] if rows is None or transposed else rows.shape[-1], n,
+        a.stride(0) if a.dim() == 3 else 0, a_row, a_column,
+        b.stride(0) if b.dim() == 3 else 0, b_column if transposed else b_row,
+        base_next, factor_next, base is not None, rows is not None, transposed, torch.get_num_threads(),
     )  # fmt: skip
+    return out
 
 
 @functools.cache
@@ -91,8 +93,37 @@ def _kernel() -> Callable[..., None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    arguments = ["const float*"] * 4 + ["float*"] + ["int64_t"] * 14
+    arguments = ["const float*"] * 4 + ["const int64_t*", "float*"] + ["int64_t"] * 15
     return cast("Callable[..., None]", CppPythonBindingsCodeCache.load_pybinding(arguments, source, device_type="cpu"))
+
+
+Shape = Callable[..., Sequence[Any]]  # of the output, by the inputs' shapes
+
+OPERATORS: dict[str, tuple[Callable[..., Tensor], str, Shape]] = {
+    "product": (product, "Tensor a, Tensor b", lambda a, b: [*a[:-1], b[-1]]),
+    "product_of_rows": (product_of_rows, "Tensor table, Tensor rows, Tensor b", lambda _, rows, b: [*rows, b[-1]]),
+    "add_product": (add_product, "Tensor base, Tensor factor, Tensor a, Tensor b", lambda base, *_: base),
+    "add_product_of_rows": (
+        add_product_of_rows, "Tensor base, Tensor factor, Tensor a, Tensor table, Tensor rows", lambda base, *_: base
+    ),
+}  # fmt: skip
+"""torch.ops.vfl's: the kernel of each, its arguments and its output's shape."""
+
+
+def _register(name: str, kernel: Callable[..., Tensor], arguments: str, shape: Shape) -> None:
+    """Not as a `torch.library.custom_op`, whose checks would cost as much as a small product."""
+
+    def empty(*inputs: Tensor) -> Tensor:
+        return inputs[0].new_empty(shape(*(t.shape for t in inputs)))
+
+    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.impl(name, empty, "Meta")
+    _library.impl(name, lambda *inputs: kernel(*inputs, out=empty(*inputs)), "CPU")
+
+
+_library = torch.library.Library("vfl", "FRAGMENT")
+for _name, _operator in OPERATORS.items():
+    _register(_name, *_operator)
 
 
 @functools.cache
@@ -102,31 +133,25 @@ def _lowered() -> None:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.select_algorithm import ExternKernelChoice, realize_inputs
 
-    def lower(target: Any, choice: Any, a: int) -> None:
-        """`a` is the position of a among the operator's inputs; b follows it."""
+    def lower(name: str, kernel: Callable[..., Tensor], shape: Shape) -> None:
+        choice = ExternKernelChoice(kernel, name=f"vfl_{name}")
 
         def lowering(*inputs: Any) -> Any:
-            *left, _ = inputs[a].get_size()
-            layout = FixedLayout(inputs[a].get_device(), inputs[a].get_dtype(), [*left, inputs[a + 1].get_size()[-1]])
+            size = shape(*(x.get_size() for x in inputs))
+            layout = FixedLayout(inputs[0].get_device(), inputs[0].get_dtype(), [*size])
             return choice.bind(realize_inputs(*inputs), layout).output_node()
 
-        register_lowering(target, type_promotion_kind=None)(lowering)
+        register_lowering(getattr(torch.ops.vfl, name).default, type_promotion_kind=None)(lowering)
 
-    lower(torch.ops.vfl.product.default, ExternKernelChoice(product_out, name="vfl_product"), 0)
-    lower(torch.ops.vfl.add_product.default, ExternKernelChoice(add_product_out, name="vfl_add_product"), 1)
-
-
-# Not a `torch.library.custom_op`, whose checks would cost as much as a small product.
-_library.impl("product", product, "CPU")
-_library.impl("product", lambda a, b: a.new_empty(*a.shape[:-1], b.shape[-1]), "Meta")
-_library.impl("add_product", add_product, "CPU")
-_library.impl("add_product", lambda base, a, b, factor: a.new_empty(*a.shape[:-1], b.shape[-1]), "Meta")
+    for name, (kernel, _, shape) in OPERATORS.items():
+        lower(name, kernel, shape)
 
 
 def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
     """The program for such inputs with its products by our kernels where those are measurably faster here; in place.
 
-    A step along a product, base + factor · (a b), becomes one operation: two passes over the weights fewer.
+    A step along a product, base + factor · (a b), becomes one operation: two passes over the weights fewer. Rows taken
+    from a table for products alone are no longer copied.
     """
     products = (aten.mm.default, aten.addmm.default, aten.bmm.default)
     nodes = [node for node in module.graph.nodes if node.target in products and not node.kwargs]
@@ -158,28 +183,53 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
 def _replace(node: Node, left: Node, right: Node, bias: list[Node]) -> None:
     graph, step = node.graph, None if bias else _step(node)
     if step is None:
+        gathered = _gathered(left)
         with graph.inserting_before(node):
-            made = graph.call_function(torch.ops.vfl.product.default, (left, right))
+            if gathered:
+                made = graph.call_function(ours.product_of_rows.default, (*_rows(graph, *gathered, left), right))
+            else:
+                made = graph.call_function(ours.product.default, (left, right))
             if bias:
                 made = graph.call_function(aten.add.Tensor, (made, bias[0]))
         node.replace_all_uses_with(made)
         graph.erase_node(node)
         return
     base, _, factor = cast("tuple[Node, Node, Node]", step.args)
-    shape = _value(node).shape
+    shape, flat, gathered = [*_value(node).shape], [*_value(step).shape], _gathered(right)
     with graph.inserting_before(step):
-        sign = graph.call_function(aten.mul.Tensor, (factor, step.kwargs.get("value", 1)))
-        if _value(factor).numel() == 1:
-            sign = graph.call_function(aten.view.default, (sign, []))
+        factor = graph.call_function(aten.mul.Tensor, (factor, step.kwargs.get("value", 1)))
+        each = [] if _value(cast("Node", step.args[2])).numel() == 1 else [-1]
+        factor = graph.call_function(aten.view.default, (factor, each))
+        base = graph.call_function(aten.view.default, (graph.call_function(aten.expand.default, (base, flat)), shape))
+        if gathered:
+            inputs = (base, factor, left, *_rows(graph, *gathered, right))
+            made = graph.call_function(ours.add_product_of_rows.default, inputs)
         else:
-            sign = graph.call_function(aten.view.default, (sign, [-1]))
-        whole = graph.call_function(aten.expand.default, (base, list(_value(step).shape)))
-        whole = graph.call_function(aten.view.default, (whole, list(shape)))
-        made = graph.call_function(torch.ops.vfl.add_product.default, (whole, left, right, sign))
-        made = graph.call_function(aten.view.default, (made, list(_value(step).shape)))
+            made = graph.call_function(ours.add_product.default, (base, factor, left, right))
+        made = graph.call_function(aten.view.default, (made, flat))
     made.meta = step.meta  # for the next step, whose base it is
     step.replace_all_uses_with(made)
     graph.erase_node(step)
+
+
+def _gathered(factor: Node) -> tuple[Node, Node] | None:
+    """The table and the numbers of its rows, if it is these that a factor consists of."""
+    width = _value(factor).shape[-1]
+    while factor.target in (*RESHAPES, aten.expand.default):
+        source = cast("Node", factor.args[0])
+        if _value(source).numel() != _value(factor).numel():
+            return None
+        factor = source
+    if factor.target is not aten.embedding.default:
+        return None
+    table, rows = cast("tuple[Node, Node]", factor.args[:2])
+    same = _value(table).shape[1] == width and _value(table).is_contiguous() and _value(rows).dtype == torch.int64
+    return (table, rows) if same else None
+
+
+def _rows(graph: Graph, table: Node, rows: Node, factor: Node) -> tuple[Node, Node]:
+    """The inputs that stand for such a factor."""
+    return table, graph.call_function(aten.reshape.default, (rows, [*_value(factor).shape[:-1]]))
 
 
 def _step(node: Node) -> Node | None:
@@ -209,7 +259,7 @@ def _measure(a: Tensor, b: Tensor) -> dict[str, float]:
     """Seconds of a product of such factors by torch's library and by our kernels, with what these must be faster by."""
     a, b = (torch.empty_strided(t.shape, t.stride()).fill_(1.0) for t in (a, b))
     theirs = torch.bmm if a.dim() == 3 else torch.mm
-    return {"torch": _seconds(theirs, a, b), "vfl": _seconds(product, a, b) * WORTH}
+    return {"torch": _seconds(theirs, a, b), "vfl": _seconds(ours.product, a, b) * WORTH}
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
