@@ -301,6 +301,23 @@ def test_auto_ends_a_trial_in_which_no_shape_repays_a_program():
     assert not one.learning and one.mode() == "vmap"
 
 
+def test_a_trial_compiles_for_whole_cohorts_and_not_for_what_other_trials_left_of_one(monkeypatch):
+    made: list[int] = []
+    plain = execute.Compiler.run
+    monkeypatch.setattr(execute.Compiler, "run", lambda *given: made.append(given[-1]) or plain(*given))
+    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    task, data = regression(), federated(sizes=[6] * 25)
+    options = {"clients_per_round": "all", "work": vfl.Work(batch_size=3)}
+    engine = vfl.Engine(FedAvg().build(task, 25), task, data, execution="auto", chunk=None, **options)
+    engine.executor.chunk.keep(5)
+    engine.executor._compiled_chunk = 5
+    state = engine.init(0)
+    for _ in range(2):  # four chunks by vmap, four clients one by one: one is left
+        assert not made
+        state, _ = engine.play(state, 10**9)
+    assert set(made) == {5}
+
+
 def test_auto_does_not_compile_a_program_that_takes_minutes_and_stops_timing():
     large = tuner(1e9, operators=MOST_OPERATORS + 1)
     assert "compile" not in played(large, {"loop": 3.0, "vmap": 1.0}, chunks=PATIENCE + TRIES + 1)
