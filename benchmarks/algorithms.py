@@ -4,9 +4,11 @@
     python -m benchmarks.algorithms --algorithms fedprox "scaffold --option 1" --setting.execution compile
 
 Every algorithm with an entry point is measured: its rounds and FedAvg's by turns, all clients in each. A round may take
-1.5 times as long as FedAvg's, and longer in proportion to the sample-gradients that it computes beyond FedAvg's. Where
-its clients compress, so do FedAvg's, by the same operator: compressors are measured on their own. An algorithm that
-asks for constants that no network has is measured on a quadratic problem, and FedAvg there, too.
+1.5 times as long as FedAvg's, and longer in proportion to the sample-gradients that it computes beyond FedAvg's, on the
+clients and on the server: of every example in a minibatch, also of those that its mask leaves out, with a third for an
+example that is passed forward alone (`benchmarks.counting`). Where its clients compress, so do FedAvg's, by the same
+operator: compressors are measured on their own. An algorithm that a network without norm layers cannot serve is
+measured on one with them, one that asks for constants that no network has on a quadratic problem; FedAvg there, too.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,10 +24,12 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
+from torch import nn
 
 import vfl
 from algorithms.fedavg import FedAvg
 from benchmarks import compressors as compressing
+from benchmarks.counting import counted
 from benchmarks.measuring import result, save
 from benchmarks.tables import Column, Row, mark, markdown, number, terminal
 from vfl.algorithms import algorithms as entry_points
@@ -39,6 +43,8 @@ from vfl.training import IDENTITY
 ALLOWED = 1.5
 """How many times as long as FedAvg's a round may take, that computes as many gradients."""
 WARM_UP = 2  # rounds: the first one learns what results look like, the second one compiles
+GIVEN = {"public": "synthetic:features={features},test=0"}
+"""What an option is given that must fit the work, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +83,26 @@ class Work(NamedTuple):
 
 def network(setting: Setting) -> Work:
     """The model of the setting, on Gaussian classes."""
+    module, data = _network(setting)
+    return Work(setting.model, vfl.task(module), data)
+
+
+def normalized(setting: Setting) -> Work:
+    """The same with a batch norm before each linear layer of a chain. Raises UsageError for other models."""
+    module, data = _network(setting)
+    if not isinstance(module, nn.Sequential):
+        raise UsageError(f"{setting.model} is no chain of layers, so it gets no norm layers")
+    layers: list[nn.Module] = []
+    for layer in module:
+        layers += [nn.BatchNorm1d(layer.in_features), layer] if isinstance(layer, nn.Linear) else [layer]
+    return Work(f"{setting.model} with norms", vfl.task(nn.Sequential(*layers)), data)
+
+
+def _network(setting: Setting) -> tuple[nn.Module, FederatedData]:
     spec = f"synthetic:features={setting.features},examples={setting.examples},test=0"
     data = vfl.data.federated(spec, clients=setting.clients)
     torch.manual_seed(0)
-    module = vfl.models.model(setting.model, (setting.features,), data.classes)
-    return Work(setting.model, vfl.task(module), data)
+    return vfl.models.model(setting.model, (setting.features,), data.classes), data
 
 
 def problem(setting: Setting) -> Work:
@@ -94,8 +115,13 @@ def measure(text: str, setting: Setting) -> Row:
     """An algorithm's round beside FedAvg's. `text` is its name, with options as on the command line."""
     name, *options = shlex.split(text)
     kind = load_algorithm(name)
+    options += [
+        f"--{name}={value.format(**vars(setting))}"
+        for name, value in GIVEN.items()
+        if hasattr(kind, name) and not any(option.partition("=")[0] == f"--{name}" for option in options)
+    ]
     missing = ""
-    for make in (network, problem):
+    for make in (network, normalized, problem):
         try:
             return {"algorithm": text, **_beside_fedavg(tyro.cli(kind, args=options), make(setting), setting)}
         except (UsageError, DivergedError) as error:
@@ -107,11 +133,8 @@ def _beside_fedavg(config: Any, work: Work, setting: Setting) -> dict[str, Any]:
     # The two play by turns, so that whatever slows the machine down slows both.
     usual = FedAvg(compressor=getattr(config, "compressor", IDENTITY))
     both = list(zip(_rounds(config, work, setting), _rounds(usual, work, setting), strict=True))
-    s, gradients = (
-        np.array([[metrics[key] for metrics in turn] for turn in both]) for key in ("seconds", "gradients")
-    )  # [rounds, 2]
-    gradients = np.diff(gradients, axis=0)[WARM_UP - 1 :]
-    s = s[WARM_UP:]
+    s = np.array([[metrics["seconds"] for metrics in turn] for turn in both])[WARM_UP:]  # [rounds, 2]
+    gradients = np.array([_computed(c, work, setting) for c in (config, usual)]).T[WARM_UP:]
     times, as_many = s[:, 0] / s[:, 1], gradients[:, 0] / gradients[:, 1]
     fair = np.maximum(as_many, 1)  # fewer gradients than FedAvg's are the algorithm's merit
     # Relative to what is fair first: rounds of different kinds may alternate.
@@ -129,6 +152,13 @@ def _beside_fedavg(config: Any, work: Work, setting: Setting) -> dict[str, Any]:
     }
 
 
+def _computed(config: Any, work: Work, setting: Setting) -> np.ndarray:
+    """The sample-gradients that the same rounds compute, each [rounds]; under vmap, as the compiled program does."""
+    task, count = counted(work.task)
+    found = [count.total for _ in _rounds(config, work._replace(task=task), replace(setting, execution="vmap"))]
+    return np.diff(found, prepend=0)
+
+
 def _rounds(config: Any, work: Work, setting: Setting) -> Iterator[RoundMetrics]:
     stream = vfl.rounds(
         config, work.task, work.data, WARM_UP + setting.rounds, clients_per_round="all", batch_size=setting.batch,
@@ -144,7 +174,7 @@ COLUMNS = (
     Column("ms a round", lambda row: number(1e3 * row["s_per_round"])),
     Column("FedAvg's", lambda row: number(1e3 * row["fedavg_s_per_round"])),
     Column("ratio", lambda row: f"{row['ratio']:.2f}"),
-    Column("gradients", lambda row: f"{row['gradients']:.2f}"),
+    Column("gradients computed", lambda row: f"{row['gradients']:.2f}"),
     Column("allowed", lambda row: f"{row['allowed']:.2f} {mark(row['holds'])}"),
 )
 
@@ -158,7 +188,8 @@ def section(found: dict[str, Any]) -> str:
         f"{setting['clients']} clients, all in every round, {setting['examples']} examples of {setting['features']} "
         f"numbers each, batches of {setting['batch']}; medians of {setting['rounds']} rounds by turns with FedAvg's. "
         f"Where an algorithm's clients compress, so do FedAvg's. Allowed is {ALLOWED}, times the sample-gradients "
-        "relative to FedAvg's where those are more.",
+        "computed relative to FedAvg's where those are more: of every example in a minibatch, masked or not, on "
+        "clients and server, with a third for one that is passed forward alone.",
         "",
         *markdown(COLUMNS, found["algorithms"]),
     ]

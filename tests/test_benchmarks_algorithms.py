@@ -13,6 +13,7 @@ import tyro
 import vfl
 from algorithms.fedavg import FedAvg
 from benchmarks import algorithms, compressors, measuring, report
+from benchmarks.counting import counted
 from vfl.errors import UsageError
 
 SMALL = algorithms.Setting(
@@ -34,15 +35,79 @@ def test_every_algorithm_with_an_entry_point_is_measured(tmp_path):
     assert [row["algorithm"] for row in found["algorithms"]] == list(vfl.algorithms.algorithms())
     assert "fedavg" in vfl.algorithms.algorithms()
     for row in found["algorithms"]:
-        assert "missing" in row or (row["ratio"] > 0 and row["execution"] == "vmap")
+        assert row["ratio"] > 0 and row["execution"] == "vmap"
     assert "| fedavg | softmax, vmap |" in report.render([tmp_path / "algorithms.json"])
 
 
-@pytest.mark.parametrize(("text", "gradients"), [("fedavg", 1), ("scaffold --option 1", 2), ("scaffold", 1)])
+DISTILLING = "feddf --public-examples 6 --distill-steps 5 --distill-batch-size 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "gradients"),
+    [
+        ("fedavg", 1),
+        ("scaffold --option 1", 2),
+        ("scaffold", 1),
+        ("qfedavg", 1 + 1 / 3),  # the loss at the model sent
+        (DISTILLING, (2 * (4 + 6 / 3) + 5 * 4) / 8),  # both clients' logits, and the server's own steps
+        ("feddf --public synthetic:features=3 --distill-steps 0", (8 + 2 * 500 / 3) / 8),  # as many as there may be
+    ],
+)
 def test_gradients_beyond_fedavgs_are_allowed_for(text, gradients):
     row = algorithms.measure(text, SMALL)
-    assert row["gradients"] == gradients
-    assert row["allowed"] == 1.5 * gradients
+    assert row["gradients"] == pytest.approx(gradients)
+    assert row["allowed"] == pytest.approx(1.5 * gradients)
+
+
+def test_an_algorithm_about_norm_layers_is_measured_on_a_model_that_has_them():
+    row = algorithms.measure("fedbn", SMALL)
+    assert row["model"] == "softmax with norms" and row["gradients"] == 1
+    module, plain = (make(SMALL).task.names for make in (algorithms.normalized, algorithms.network))
+    assert len(module) == len(plain) + 2
+    with pytest.raises(UsageError, match="char_lstm is no chain of layers"):
+        algorithms.normalized(algorithms.Setting(model="char_lstm", features=3, clients=2, examples=2))
+
+
+def test_computed_gradients_are_counted_for_every_client_and_example_masked_or_not():
+    task, count = counted(vfl.task(torch.nn.Linear(3, 2)))
+    x, y, mask = torch.zeros(5, 4, 3), torch.zeros(5, 4, dtype=torch.int64), torch.arange(4) < 1
+    key = vfl.random.key(0)
+
+    def gained(call) -> tuple[int, int]:
+        before = count.gradients, count.passes
+        call()
+        return count.gradients - before[0], count.passes - before[1]
+
+    def gradient(w, x, y):
+        return task.grad_fn(w, vfl.Batch(x, y, mask, key), ())[0]
+
+    def total(w, x, y):
+        return task.outputs(w, vfl.Batch(x, y, mask, key), (), training=True).sum()
+
+    def scores(w, x, y):
+        return task.outputs(w, vfl.Batch(x, y, mask, key), ())
+
+    over = torch.func.vmap
+    assert gained(lambda: gradient(task.x, x[0], y[0])) == (4, 0)
+    assert gained(lambda: over(gradient, (None, 0, 0))(task.x, x, y)) == (20, 0)
+    assert gained(lambda: over(gradient, (0, None, None))(task.x.expand(3, -1), x[0], y[0])) == (12, 0)
+    assert gained(lambda: over(over(gradient, (None, 0, 0)), (0, None, None))(task.x.expand(3, -1), x, y)) == (60, 0)
+    assert gained(lambda: over(torch.func.grad(total), (None, 0, 0))(task.x, x, y)) == (20, 0)
+    assert gained(lambda: over(scores, (None, 0, 0))(task.x, x, y)) == (0, 20)
+    assert gained(lambda: over(lambda n: n + scores(task.x, x[0], y[0]).sum())(torch.arange(3.0))) == (0, 4)
+    assert gained(lambda: task.evaluate(task.x, vfl.Batch(x[0], y[0], mask, key), ())) == (0, 4)
+    assert gained(lambda: total(task.x.clone().requires_grad_(), x[0], y[0]).backward()) == (4, 0)
+    assert count.total == count.gradients + count.passes / 3
+
+
+def play(monkeypatch: pytest.MonkeyPatch, rounds) -> None:
+    """Rounds that take so long and compute so many gradients."""
+
+    def timed(config, work, setting):
+        return ({"seconds": s, "execution": "vmap"} for s, _ in rounds(config, work, setting))
+
+    monkeypatch.setattr(algorithms, "_rounds", timed)
+    monkeypatch.setattr(algorithms, "_computed", lambda *given: np.array([float(n) for _, n in rounds(*given)]))
 
 
 @pytest.mark.parametrize(
@@ -56,10 +121,9 @@ def test_a_ratio_is_of_rounds_side_by_side_after_the_warm_up(monkeypatch, second
         mine = config == "other"
         each = [(50.0, 7) if mine else (1.0, 900)] * algorithms.WARM_UP
         each += [(seconds * s, gradients) if mine else (float(s), 100) for s in slow]
-        total = np.cumsum([count for _, count in each])
-        return ({"seconds": s, "gradients": n, "execution": "vmap"} for (s, _), n in zip(each, total, strict=True))
+        return each
 
-    monkeypatch.setattr(algorithms, "_rounds", rounds)
+    play(monkeypatch, rounds)
     row = algorithms._beside_fedavg("other", algorithms.network(SMALL), SMALL)
     assert row["ratio"] == pytest.approx(seconds)
     assert row["gradients"] == gradients / 100
@@ -70,11 +134,9 @@ def test_a_ratio_is_of_rounds_side_by_side_after_the_warm_up(monkeypatch, second
 def test_rounds_of_two_kinds_are_each_compared_with_what_is_fair(monkeypatch):
     def rounds(config, work, setting):
         kinds = [(1.2, 100), (2.4, 200)] if config == "mime" else [(1.0, 100)]
-        each = [kinds[t % len(kinds)] for t in range(algorithms.WARM_UP + 4)]
-        total = np.cumsum([count for _, count in each])
-        return ({"seconds": s, "gradients": n, "execution": "vmap"} for (s, _), n in zip(each, total, strict=True))
+        return [kinds[t % len(kinds)] for t in range(algorithms.WARM_UP + 4)]
 
-    monkeypatch.setattr(algorithms, "_rounds", rounds)
+    play(monkeypatch, rounds)
     row = algorithms._beside_fedavg("mime", algorithms.network(SMALL), SMALL)
     assert (row["gradients"], row["allowed"], row["holds"]) == (1.5, 2.25, True)
     assert row["ratio"] == pytest.approx(1.8)
