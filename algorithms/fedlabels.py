@@ -146,9 +146,11 @@ class FedLabels(vfl.LocalTraining):
                 plain, view = self.views(batch._replace(y=to.label.to(batch.y.dtype), mask=to.kept))
                 g, _ = task.grad_fn(u, view, buffers)
                 if self.consistency:
-                    g = g + self.consistency * torch.func.grad(divergence)(u, plain, to, buffers)
+                    g = torch.add(g, torch.func.grad(divergence)(u, plain, to, buffers), alpha=self.consistency)
+                if self.l2 and k:  # u is x in the first step
+                    g = torch.add(g, u - x, alpha=self.l2)
                 correct = to.kept & (to.label == batch.y)
-                return Learned(g + self.l2 * (u - x), to.kept.any(), (m + to.kept.sum(), right + correct.sum()))
+                return Learned(g, to.kept.any(), (m + to.kept.sum(), right + correct.sum()))
 
             u, (m, right) = descend(trainer, sent.model, batches, unsupervised, (zero, zero))
             weight = trainer.weight(batches)
