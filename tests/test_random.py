@@ -403,3 +403,11 @@ def test_the_host_generator_is_a_function_of_the_key() -> None:
     assert random.generator(keys[0]).integers(2**63) == random.generator(keys[0]).integers(2**63)
     assert len({int(random.generator(k).integers(2**63)) for k in keys}) == 500
     follows(torch.tensor([random.generator(k).random() for k in keys]), lambda v: v)
+
+
+def test_keys_on_the_host_are_the_same_numbers_as_numpy_arrays() -> None:
+    keys, numbers = random.split(KEY, 50), torch.arange(-3, 47) * 2**40
+    folded = random.fold_in(keys.numpy()[:, None], numbers.numpy())
+    assert torch.equal(torch.from_numpy(folded), random.fold_in(keys[:, None], numbers))
+    for n in (0, 7, -1, 2**40):
+        assert torch.equal(torch.from_numpy(random.fold_in(keys.numpy(), n)), random.fold_in(keys, n))

@@ -254,7 +254,7 @@ class Engine:
                     buffers = each(keep_where)(received.heard, received.buffers, buffers)
         host = torch.device("cpu")
         reported, down = tree_map(lambda value: to_place(value, host), (dict(reported), sent.bits))
-        if not bool(torch.isfinite(server.x.sum())):  # the second and last time that a round waits for the device
+        if not math.isfinite(server.x.sum()):  # the second and last time that a round waits for the device
             raise DivergedError(state.round + 1, [])
         with self.clock("states"):
             stores = state.store.each if isinstance(state.store, Stores) else [state.store]

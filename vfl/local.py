@@ -5,6 +5,7 @@ Letters: M packed examples, C clients in a chunk, K local steps, B batch, D para
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 
@@ -91,6 +92,7 @@ class Work(NamedTuple):
                              "others would never be seen; give epochs instead")  # fmt: skip
 
 
+@functools.lru_cache(typed=True)  # 1 is one example, 1.0 all of them
 def _amount(amount: BatchSize) -> int | float | None:
     """A count (int), a share in (0, 1] (float), or None for all."""
     if amount is None or amount == "all":
