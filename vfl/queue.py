@@ -142,9 +142,10 @@ class Queue:
         visits = (*at, slice(steps), slice(batch))
         lead = counts.shape[:-1]
         weight = group.plan.weight
+        key, update_key, batches_key = (keys[at] for keys in group.keys)
         inputs = Inputs(
             self.states(c.ids[of]), group.plan.rows[visits].contiguous(), group.plan.mask[visits].contiguous(),
-            group.plan.steps[at], group.starts[at], group.sizes[at], *(keys[at] for keys in group.keys),
+            group.plan.steps[at], group.starts[at], group.sizes[at], key, update_key, batches_key,
             group.minibatch_keys[visits[:-1]].contiguous(), c.factor[of],
             tuple(b.unsqueeze(len(lead)).expand(*counts.shape, *b.shape[len(lead) :]) for b in self.buffers),
             weight[visits].contiguous() if isinstance(weight, Tensor) else (), self._block(c.starts[of], c.sizes[of]),

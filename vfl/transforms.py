@@ -19,7 +19,10 @@ from torch._C._functorch import (
     get_interpreter_stack,
 )
 from torch._functorch.eager_transforms import enable_inplace_requires_grad, grad_increment_nesting
-from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
+from torch._functorch.vmap import (
+    lazy_load_decompositions,  # pyright: ignore[reportPrivateImportUsage]
+    vmap_increment_nesting,
+)
 
 from vfl.base import Tree, tree_map
 
