@@ -30,6 +30,7 @@ from torch import nn
 import vfl
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
+from vfl.transforms import mapped
 
 OFF = vfl.Evaluation(0)
 
@@ -201,18 +202,15 @@ def test_a_broken_model_raises_and_does_not_fall_back(caplog):
 
 def failing_above(monkeypatch, most, fail):
     """Lets vmap run out of memory with more clients than `most`; the numbers of clients it was given."""
-    real, given = torch.func.vmap, []
+    given: list[int] = []
 
-    def vmap(function):
-        def mapped(inputs):
-            given.append(len(inputs.steps))
-            if given[-1] > most:
-                fail()
-            return real(function)(inputs)
+    def failing(function, stacked, count):
+        given.append(count)
+        if count > most:
+            fail()
+        return mapped(function, stacked, count)
 
-        return mapped
-
-    monkeypatch.setattr(torch.func, "vmap", vmap)
+    monkeypatch.setattr("vfl.execute.mapped", failing)
     return given
 
 
