@@ -1,6 +1,9 @@
 """Executions: compiled chunks give vmap's results, and auto takes what is measurably fastest."""
 
 import logging
+import subprocess
+import sys
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -13,7 +16,7 @@ import vfl
 from algorithms.fedavg import FedAvg
 from vfl import choices, execute
 from vfl.chunks import SHORT, ChunkSize
-from vfl.executor import Executor, threads
+from vfl.executor import Executor, processor_seconds, threads
 from vfl.operators import Operators, TooManyOperatorsError
 from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner, Way
 
@@ -413,6 +416,14 @@ def test_a_run_starts_with_what_an_earlier_one_has_measured():
     assert set(played(named("a", 1e9), seconds)) == {"compile"}
     assert set(played(named("a", 10.0), seconds)) == {"vmap"}  # whose steps would not repay a program
     assert "loop" in played(named("b", 1e9), seconds)  # another kind of work
+
+
+def test_the_cost_of_a_program_holds_the_compilers_seconds_and_no_waiting():
+    before = processor_seconds()
+    time.sleep(0.5)
+    waited = processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
+    assert waited - before < 0.25 and processor_seconds() - waited > 0.04
 
 
 def test_short_runs_that_keep_coming_repay_a_program_together(tmp_path, monkeypatch):

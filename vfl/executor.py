@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -78,9 +79,11 @@ class Executor:
         self.compiler = Compiler(problem, graphs)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmapped: set[Any] = set()  # the kinds of rounds that vmap has computed
-        # What other programs do on this processor is no part of a chunk's time, as far as that can be told.
+        # What other programs do on this processor is no part of what a chunk costs, as far as that can be told.
         alone = self.device.type == "cpu" and many == 1
-        self._clock = time.thread_time if alone else time.perf_counter
+        self._clock, self._compile_clock = time.perf_counter, time.perf_counter
+        if alone:
+            self._clock, self._compile_clock = time.thread_time, processor_seconds
         self._compiled_chunk = self._chunk_once = chunk
         if chunk is None and self.device.type == "cpu":
             # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
@@ -177,7 +180,7 @@ class Executor:
 
     def _compiled(self, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
         """What the slice's chunks left; None where there is no program for them, and there will be none."""
-        programs, started = len(self.compiler), time.perf_counter()
+        programs, started = len(self.compiler), self._compile_clock()
         sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
         kind = (round.kind, now.signature, torch.get_num_threads())  # which are fixed in a program
         try:
@@ -190,7 +193,7 @@ class Executor:
             return None
         if len(self.compiler) > programs:
             round.steady = False
-            self.tuner.compiled(time.perf_counter() - started)
+            self.tuner.compiled(self._compile_clock() - started)
         return added
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, list[Added]]:
@@ -236,6 +239,11 @@ def _share(queue: Queue, now: Slice) -> float:
     counts, longest = queue.clients.counts, now.counts.max()
     alike = counts[counts == longest] if (now.counts == longest).all() else now.counts
     return float(alike.sum() / counts.sum())
+
+
+def processor_seconds() -> float:
+    """What this process and those that it has waited for, compilers say, have computed."""
+    return sum(os.times()[:4])
 
 
 @contextlib.contextmanager
