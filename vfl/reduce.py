@@ -99,7 +99,8 @@ def add(sums: Sums, results: Results, drop: bool, fused: bool = False) -> tuple[
         rows = (part if part.dim() == 2 else part.reshape(len(weight), -1)).to(total.dtype)
         if drop:  # zero times NaN would still be NaN
             rows = torch.where(finite[:, None], rows, 0)
-        parts.append(total + _weighted(w, rows, fused))
+        summed = _weighted(w, rows, fused)
+        parts.append(total + summed if fused else summed.add_(total))  # in place: a pass over the model less
     return Sums(parts, sums.weight + weight.sum(0), sums.clients + (weight > 0).sum(0)), report
 
 
