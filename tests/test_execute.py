@@ -433,6 +433,18 @@ def test_short_runs_that_keep_coming_repay_a_program_together(tmp_path, monkeypa
     assert ["compile" in run for run in ways] == [False, False, False, True]
 
 
+def test_short_runs_do_not_each_try_again_what_fails_to_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path))
+    tried = []
+    for n in range(8):
+        one = named("h", 1000.0)
+        chunks = (1 if n else 2) * (TRIES + 1) + 1  # by vmap, in the first run by loop too, then one by a program
+        tried.append("compile" in played(one, {"loop": 1.0, "vmap": 0.5, "compile": 0.25}, chunks))
+        if tried[-1]:
+            one.give_up("compile")
+    assert tried == [False, False, False, True] * 2
+
+
 def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(tmp_path, monkeypatch):
     """Of 1,000 steps, a program in place of vmap saves 10 seconds."""
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
