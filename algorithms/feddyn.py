@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 import vfl
@@ -59,9 +60,10 @@ class FedDyn(vfl.LocalTraining):
         def client_update(
             sent: vfl.ModelAndRate, h_i: Tensor, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Tensor, vfl.Metrics]:
-            x = sent.x
-            y, metrics = trainer.train(sent, batches, lambda g, y: g - h_i + alpha * (y - x))
-            return vfl.message(y - x, trainer.weight(batches)), h_i - alpha * (y - x), metrics
+            shift = torch.add(h_i, sent.x, alpha=alpha)  # what no step changes: g − hᵢ + α (y − x) in two passes
+            y, metrics = trainer.train(sent, batches, lambda g, y: torch.add(g - shift, y, alpha=alpha))
+            delta = y - sent.x
+            return vfl.message(delta, trainer.weight(batches)), torch.sub(h_i, delta, alpha=alpha), metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             delta: Tensor = mean.payload

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 import vfl
@@ -103,14 +104,17 @@ class Scaffold(vfl.LocalTraining):
             sent: Sent, c_i: Tensor, batches: vfl.Batches, key: Tensor
         ) -> tuple[vfl.Message, Tensor, vfl.Metrics]:
             x, c, lr = sent
-            y, metrics = trainer.train(vfl.ModelAndRate(x, lr), batches, lambda g, y: g - c_i + c)
+            shift = c - c_i
+            y, metrics = trainer.train(vfl.ModelAndRate(x, lr), batches, lambda g, y: g + shift)
+            delta = y - x
             if self.option == 1:
                 c_new, cost = vfl.full_gradient(task.grad_fn, x, batches)
                 metrics = metrics._replace(gradients=metrics.gradients + cost.gradients)
+                change = c_new - c_i
             else:
-                c_new = c_i - c + (x - y) / (batches.steps * lr)
-            message = trainer.message(Delta(y - x, c_new - c_i), trainer.weight(batches), key)
-            return message, c_i + a * message.payload.c, metrics
+                change = delta / (-lr * batches.steps) - c  # of cᵢ⁺ = cᵢ − c + (x − y)/(Kη)
+            message = trainer.message(Delta(delta, change), trainer.weight(batches), key)
+            return message, torch.add(c_i, message.payload.c, alpha=a), metrics
 
         def server_update(server: Server, mean: vfl.Mean, key: Tensor) -> tuple[Server, dict[str, Tensor]]:
             delta: Delta = mean.payload

@@ -7,7 +7,7 @@ from helpers import N, federated, regression
 
 import vfl
 from algorithms.fedavg import FedAvg
-from vfl.balance import NOISE, STEP, Pace, Stopwatch, assign, client_work, even
+from vfl.balance import NOISE, PATIENCE, STEP, Pace, Stopwatch, assign, client_work, even
 
 LIKE = np.full(12, 100)  # twelve clients of one size
 
@@ -72,6 +72,24 @@ def test_one_slow_round_of_a_rank_is_not_its_pace():
     for seconds in ([1.0, 1.0], [1.0, 1.4], [1.0, 1.0]):
         pace = pace.after(np.array(seconds), np.array([1, 1]))
     assert pace.slowness.tolist() == [1.0, 1.0]
+
+
+def test_clients_wait_ten_rounds_before_they_move_and_move_again():
+    pace, moves = even(2), []
+    for round in range(40):
+        before, pace = pace, pace.after(np.array([1.0, 5.0 if round < 20 else 1.0]), np.array([1, 1]))
+        if not np.array_equal(before.slowness, pace.slowness):
+            moves.append(round)
+    assert moves[0] == PATIENCE - 1
+    assert np.diff(moves).min() >= PATIENCE
+
+
+def test_rounds_of_milliseconds_are_mostly_calls_and_move_no_client():
+    pace, work = even(2), np.array([50, 50])
+    for _ in range(100):
+        pace = pace.after(0.001 + np.array([1.5, 1.0]) * 1e-5 * work, work)
+        work = np.array(shares(np.ones(100, dtype=np.int64), pace.slowness.tolist()))
+    assert work.tolist() == [50, 50]
 
 
 def test_rounds_that_were_not_timed_teach_nothing():

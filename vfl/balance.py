@@ -17,7 +17,11 @@ import torch
 
 STEP = 16  # so many examples more a local step is taken to cost: passes over the model, and calls
 NEWEST = 0.2  # of a rank's newest timing in its average
-NOISE = 1.1  # what ranks' paces may drift apart by before clients move, so that equal ranks keep equal shares
+# What ranks' paces may drift apart by before clients move, so that equal ranks keep equal shares, whatever else a core
+# does now and then; and compiled programs, of which each size of chunk takes one.
+NOISE = 1.25
+SHORT = 0.02  # seconds; a round that is done before is mostly calls, which are no client's and would pass for slowness
+PATIENCE = 10  # timed rounds before clients move, and between two moves: the first ones after one are not like the rest
 
 
 def client_work(steps: np.ndarray, batch: np.ndarray) -> np.ndarray:
@@ -47,12 +51,16 @@ class Pace(NamedTuple):
 
     average: np.ndarray  # [W] seconds, by the rounds so far, the newest counting most; NaN before the first
     slowness: np.ndarray  # [W] what clients are assigned by: 1 for the fastest
+    rounds: int = 0  # timed since that was learnt
 
     def after(self, seconds: np.ndarray, work: np.ndarray) -> Pace:
         """The pace after a round in which the ranks took these seconds [W] for this work [W].
 
-        0 seconds: not timed. A rank without work is slowly taken for one of the fastest, so that it gets some again.
+        0 seconds: not timed. Rounds that are `SHORT` teach nothing. A rank without work is slowly taken for one of the
+        fastest, so that it gets some again.
         """
+        if seconds.max() < SHORT:
+            return self
         timed = (seconds > 0) & (work > 0)
         newest = np.where(timed, seconds, np.nan) / np.maximum(work, 1)
         known = ~np.isnan(self.average)
@@ -60,9 +68,9 @@ class Pace(NamedTuple):
             newest = np.where(work > 0, newest, np.nanmin(self.average))
         blend = np.where(known, (1 - NEWEST) * self.average + NEWEST * newest, newest)
         average = np.where(np.isnan(newest), self.average, blend)
-        drift = average / self.slowness
-        if not drift.max() > NOISE * drift.min():  # nor where one is not known
-            return Pace(average, self.slowness)
+        drift, rounds = average / self.slowness, self.rounds + bool(timed.any())
+        if rounds < PATIENCE or not drift.max() > NOISE * drift.min():  # nor where one is not known
+            return Pace(average, self.slowness, rounds)
         return Pace(average, average / average.min())
 
 
