@@ -159,10 +159,10 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
         return module
     try:
         _kernel()
-    except Exception as error:
+        _lowered()
+    except Exception as error:  # of a compiler, or of a torch whose insides differ
         log.warning("building vfl's matrix products failed, so torch's are used (%s)", first_line(error))
         return module
-    _lowered()
     constants = FakeTensorMode(allow_non_fake_inputs=True)  # a traced program holds some as they are
     FakeTensorProp(module, constants).propagate(*inputs)
     for node in nodes:
