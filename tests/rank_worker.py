@@ -16,6 +16,7 @@ from algorithms.dga import DGA
 from algorithms.ditto import Ditto
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
+from vfl.balance import PATIENCE
 from vfl.leakage import Leakage
 from vfl.learned_weights import LearnedWeights, learned
 from vfl.quantization import Quantization
@@ -124,7 +125,7 @@ def uneven(ranks: vfl.Ranks) -> Numbers:
     state, mine, queued = engine.init(3), [], engine._queue
     engine._queue = lambda *arguments: mine.append(arguments[-1].shape[-1]) or queued(*arguments)
     history = []
-    for _ in range(4):
+    for _ in range(PATIENCE + 3):
         state, metrics = engine.play(state)
         history.append(metrics)
     return numbers_of(state, history) | {"own_clients": np.array(mine), "slowness": engine.pace.slowness}
