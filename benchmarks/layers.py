@@ -25,8 +25,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from benchmarks.measuring import by_turns, layer_cases, processor, result, save
+from benchmarks.measuring import by_turns, layer_cases, result, save
 from benchmarks.tables import Column, Row, mark, markdown, number, terminal
+from vfl import choices
 from vfl.errors import UsageError
 from vfl.heap import keep_freed_memory
 from vfl.layers import functionalize
@@ -88,7 +89,7 @@ def measure(name: str, clients: int, batch: int, tries: int) -> Row:
                 found[way] = call()
             except RuntimeError as error:
                 missing[way] = str(error).splitlines()[0]
-        taken = by_turns([calls[way] for way in found], tries, processor())
+        taken = by_turns([calls[way] for way in found], tries, choices.clock(torch.device("cpu")))
     least = {way: min(times) for way, times in zip(found, taken, strict=True)}
     median = {way: statistics.median(times) for way, times in zip(found, taken, strict=True)}
     ratio, error = least["vfl"] / least["loop"], apart(found["vfl"], found["loop"])

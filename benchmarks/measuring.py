@@ -57,11 +57,6 @@ def layer_cases(
     return list(product(names, clients))
 
 
-def processor() -> Callable[[], float]:
-    """This thread's time on a processor where it computes alone, so that other programs are no part of it."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
 def _timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     started = clock()
     call()

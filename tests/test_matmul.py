@@ -205,6 +205,24 @@ def test_a_step_whose_rate_or_order_differs_within_a_product_stays_two_operation
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+def test_a_product_of_which_one_part_is_used_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul.choices, "fastest", lambda *_: "vfl")
+    inputs = [torch.randn(2_500), torch.randn(3, 50, 20), torch.randn(3, 20, 50), torch.tensor(0.1)]
+
+    def function(w, a, b, lr):
+        return torch.addcmul(w, torch.bmm(a, b)[0].flatten(), lr)
+
+    graph = matmul.faster_products(make_fx(function)(*inputs), inputs)
+    assert ours.add_product.default not in targets(graph)
+    torch.testing.assert_close(graph(*inputs), function(*inputs))
+
+
+def test_programs_of_small_products_build_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_kernel", lambda: pytest.fail("built"))
+    inputs = [torch.randn(5, 8), torch.randn(8, 5)]
+    assert aten.mm.default in targets(matmul.faster_products(make_fx(torch.mm)(*inputs), inputs))
+
+
 def test_without_a_compiler_for_it_the_program_keeps_torchs_products(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,14 @@ def machine(device: torch.device) -> str:
     """What timings on a device are good for: its model, the threads that share the work, and torch's version."""
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds by which a computation there is timed.
+
+    What other programs do on a processor is no part of them, as far as that can be told: where one thread computes.
+    """
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 @functools.cache

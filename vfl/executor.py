@@ -7,7 +7,6 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from vfl import choices
 from vfl.base import Tree, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.cuda_graph import recorder
@@ -79,11 +79,8 @@ class Executor:
         self.compiler = Compiler(problem, graphs)
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmapped: set[Any] = set()  # the kinds of rounds that vmap has computed
-        # What other programs do on this processor is no part of what a chunk costs, as far as that can be told.
-        alone = self.device.type == "cpu" and many == 1
-        self._clock, self._compile_clock = time.perf_counter, time.perf_counter
-        if alone:
-            self._clock, self._compile_clock = time.thread_time, processor_seconds
+        self._clock = choices.clock(self.device)
+        self._compile_clock = processor_seconds if self._clock is time.thread_time else self._clock
         self._compiled_chunk = self._chunk_once = chunk
         if chunk is None and self.device.type == "cpu":
             # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
@@ -136,9 +133,8 @@ class Executor:
     def _name(self, work: str) -> str:
         """What timings are good for: this algorithm on such a model, such work and this device."""
         update = self.problem.algorithm.client_update
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
-        parts = (getattr(update, "__module__", ""), self.problem.sizes, self.problem.dtype, work, device,
-                 torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__)  # fmt: skip
+        parts = (getattr(update, "__module__", ""), self.problem.sizes, self.problem.dtype, work,
+                 choices.machine(self.device), torch.get_float32_matmul_precision())  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def layout(self, round: Round) -> Layout | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +30,7 @@ TRIES = 7
 aten = torch.ops.aten
 ours = torch.ops.vfl
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-VIEWS = (*RESHAPES, aten.t.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.select.int)
+VIEWS = (*RESHAPES, aten.t.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default)
 
 # Each into a dense tensor `out`; float32 on the CPU.
 
@@ -141,7 +140,7 @@ def _lowered() -> None:
             layout = FixedLayout(inputs[0].get_device(), inputs[0].get_dtype(), [*size])
             return choice.bind(realize_inputs(*inputs), layout).output_node()
 
-        register_lowering(getattr(torch.ops.vfl, name).default, type_promotion_kind=None)(lowering)
+        register_lowering(getattr(ours, name).default, type_promotion_kind=None)(lowering)
 
     for name, (kernel, _, shape) in OPERATORS.items():
         lower(name, kernel, shape)
@@ -157,19 +156,20 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
     nodes = [node for node in module.graph.nodes if node.target in products and not node.kwargs]
     if not nodes or not all(leaf.device.type == "cpu" for leaf in inputs):
         return module
+    constants = FakeTensorMode(allow_non_fake_inputs=True)  # a traced program holds some as they are
+    FakeTensorProp(module, constants).propagate(*inputs)
+    nodes = [node for node in nodes if _large(node)]
+    if not nodes:
+        return module
     try:
         _kernel()
         _lowered()
     except Exception as error:  # of a compiler, or of a torch whose insides differ
         log.warning("building vfl's matrix products failed, so torch's are used (%s)", first_line(error))
         return module
-    constants = FakeTensorMode(allow_non_fake_inputs=True)  # a traced program holds some as they are
-    FakeTensorProp(module, constants).propagate(*inputs)
     for node in nodes:
         *bias, left, right = cast("tuple[Node, ...]", node.args)
         a, b = _value(left), _value(right)
-        if a.dtype != torch.float32 or a.numel() * b.shape[-1] < LEAST:
-            continue
         # Remembered, so that a program is the same in each process: its results, and its place in the compiler's cache.
         shapes = " ".join(f"{[*t.shape]} by {[*t.stride()]}" for t in (a, b))
         where = f"{shapes} on {choices.machine(a.device)}"
@@ -178,6 +178,12 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _large(node: Node) -> bool:
+    """Whether a product is of the kernels' type, and worth a call."""
+    a, b = (_value(cast("Node", factor)) for factor in node.args[-2:])
+    return a.dtype == torch.float32 and a.numel() * b.shape[-1] >= LEAST
 
 
 def _replace(node: Node, left: Node, right: Node, bias: list[Node]) -> None:
@@ -263,9 +269,9 @@ def _measure(a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    times = []
+    clock, times = choices.clock(a.device), []
     for _ in range(TRIES):
-        started = time.perf_counter()
+        started = clock()
         product(a, b)
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times)

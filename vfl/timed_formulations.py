@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,8 +92,7 @@ def _measure(case: Case) -> dict[str, float]:
 
 def _seconds(call: Callable[[], Tensor], device: torch.device, best: float) -> float:
     """The least time of a few calls; of one where that is far above the best."""
-    # What other programs do on this processor is no part of it, as far as that can be told.
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = choices.clock(device)
     times: list[float] = []
     while len(times) <= TRIES and not (times and times[0] > HOPELESS * best):
         _wait(device)
