@@ -3,8 +3,10 @@
 import dataclasses
 import gzip
 import json
+import os
 import re
 import runpy
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -388,6 +390,20 @@ def test_ctrl_c_before_the_first_round_ends_without_a_traceback(here, monkeypatc
     monkeypatch.setattr("vfl.cli.data.convert", pressed)
     assert _main(["data", "convert", "femnist", "out", "--format", "npz"]) == 130
     assert capsys.readouterr().err == "vfl: stopped\n"
+
+
+def test_ctrl_c_after_the_last_round_cuts_no_report_short(here, monkeypatch, capsys):
+    """A launcher's signal, that is, which comes when another rank has ended first."""
+    module = sys.modules["vfl.cli.run"]
+    report = module._report
+
+    def pressed(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        report(*arguments)
+
+    monkeypatch.setattr(module, "_report", pressed)
+    assert vfl("fedavg", *SMALL, "--rounds", 1, "--out", "a") == 0
+    assert "done after round 1 of 1" in capsys.readouterr().out
 
 
 # --- bad input ---

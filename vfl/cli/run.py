@@ -86,45 +86,45 @@ def _run(call: Call, device: torch.device, ranks: Ranks) -> int:
         save()
         write_model(runs.MODEL)
 
-    with (
-        first_signal(say) as signalled,
-        _recording(folder, start.round, ranks) as record,
-        trackers((options.track or "") if ranks.first else "", folder, call.config()) as track,
-        progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
-        traced(folder / runs.TRACE if options.profile and ranks.first else None) as step,
-    ):
-        if start.round:
-            log.warning("going on from round %d of %s", start.round, folder)
-        if ranks.first and standing.best is not None and not _kept(folder, judge, standing.round):
-            log.warning("the best model by %s so far, that of round %d, was not kept; %s will hold the next better one",
-                        judge, standing.round, runs.BEST)  # fmt: skip
-        try:
-            for state, metrics in play(
-                engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=plateau,
-                stop=lambda: bool(signalled()), standing=standing,
-            ):  # fmt: skip
-                record(metrics)
-                show(metrics)
-                track(metrics)
-                standing = stopping.after(standing, scheduled(metrics, when))
-                if standing.round == state.round:
-                    write_model(runs.BEST, best_by=judge)
-                step()
-                if options.checkpoint_every and state.round % options.checkpoint_every == 0:
-                    save()
-        except Exception as error:
-            # A divergence, which all ranks see, and a client's failure leave the state as it was; after other errors
-            # the clients' states may be a round ahead. Ranks can only save together.
-            alone = ranks.world == 1 and (isinstance(error, ClientError) or state.store.empty)
-            if alone or isinstance(error, DivergedError):
-                finish()
-            raise
-        finish()
-    reason = stopping.reason(standing)
-    early = reason is None and state.round < options.rounds
-    number = signalled() or (signal.SIGTERM if early else None)  # or another rank's signal
-    if ranks.first:
-        _report(call, folder, state.round, reason, standing)
+    with first_signal(say) as signalled:  # until all is said: a launcher ends a rank when another has ended
+        with (
+            _recording(folder, start.round, ranks) as record,
+            trackers((options.track or "") if ranks.first else "", folder, call.config()) as track,
+            progress(options.rounds, title, quiet=options.quiet or not ranks.first, done=start.round) as show,
+            traced(folder / runs.TRACE if options.profile and ranks.first else None) as step,
+        ):
+            if start.round:
+                log.warning("going on from round %d of %s", start.round, folder)
+            if ranks.first and standing.best is not None and not _kept(folder, judge, standing.round):
+                log.warning("the best model by %s so far, that of round %d, was not kept; %s will hold the next better "
+                            "one", judge, standing.round, runs.BEST)  # fmt: skip
+            try:
+                for state, metrics in play(
+                    engine, start, options.rounds, evaluation=when, stopping=stopping, plateau=plateau,
+                    stop=lambda: bool(signalled()), standing=standing,
+                ):  # fmt: skip
+                    record(metrics)
+                    show(metrics)
+                    track(metrics)
+                    standing = stopping.after(standing, scheduled(metrics, when))
+                    if standing.round == state.round:
+                        write_model(runs.BEST, best_by=judge)
+                    step()
+                    if options.checkpoint_every and state.round % options.checkpoint_every == 0:
+                        save()
+            except Exception as error:
+                # A divergence, which all ranks see, and a client's failure leave the state as it was; after other
+                # errors the clients' states may be a round ahead. Ranks can only save together.
+                alone = ranks.world == 1 and (isinstance(error, ClientError) or state.store.empty)
+                if alone or isinstance(error, DivergedError):
+                    finish()
+                raise
+            finish()
+        reason = stopping.reason(standing)
+        early = reason is None and state.round < options.rounds
+        number = signalled() or (signal.SIGTERM if early else None)  # or another rank's signal
+        if ranks.first:
+            _report(call, folder, state.round, reason, standing)
     return 128 + number if number else 0
 
 
