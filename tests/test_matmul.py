@@ -91,14 +91,15 @@ def test_threads_change_no_bit() -> None:
 def test_processors_with_shorter_vectors_compute_the_same(options: list[str], tmp_path: Path) -> None:
     source, library = Path(matmul.__file__).with_suffix(".cpp"), tmp_path / "matmul.so"
     subprocess.run(["g++", "-O1", *options, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    kernel = ctypes.CDLL(str(library)).kernel
-    kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 15
+    kernel = ctypes.CDLL(str(library)).products
+    kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 13
     for z, m, k, n in SHAPES:
         for layout in ("", "b"):
             a, b = factors(z, m, k, n, layout)
             base, factor, c = torch.randn(z * m, n).view(*a.shape[:-1], n), torch.tensor(-0.3), torch.empty(z, m, n)
-            pointers = [t.data_ptr() for t in (a, b, base, factor, a, c)]
-            kernel(*pointers, z, m, k, n, m * k, k, 1, k * n, k if layout else n, m * n, 0, 1, 0, bool(layout), 1)
+            pointers = [t.data_ptr() for t in (a, b, base, factor)]
+            sizes = (z, m, k, n, m * k, k, 1, k * n, k if layout else n, m * n, 0, bool(layout), 1)
+            kernel(*pointers, None, c.data_ptr(), *sizes)
             assert error(c.view_as(base), a, b, base, -0.3) <= 1
 
 

@@ -83,7 +83,7 @@ def fastest(kind: str, name: str, ways: Collection[str], measure: Callable[[], M
 
 def machine(device: torch.device) -> str:
     """What timings on a device are good for: its model, the threads that share the work, and torch's version."""
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -96,7 +96,8 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """Its model's name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -198,15 +198,16 @@ void dot_products(const Product& p, int64_t from, int64_t to, int64_t block, int
 
 }  // namespace
 
-extern "C" void kernel(
+// base, factor and rows may be null.
+extern "C" void products(
     const float* a, const float* b, const float* base, const float* factor, const int64_t* rows, float* c,
     int64_t z, int64_t m, int64_t k, int64_t n,
     int64_t a_next, int64_t a_row, int64_t a_column, int64_t b_next, int64_t b_line,
-    int64_t base_next, int64_t factor_next, int64_t added, int64_t named, int64_t transposed, int64_t threads) {
+    int64_t base_next, int64_t factor_next, int64_t transposed, int64_t threads) {
   auto product = [&](int64_t i) {
-    return Product{a + i * a_next, b + i * b_next, added ? base + i * base_next : nullptr, c + i * m * n,
-                   named && transposed ? rows + i * m : nullptr, named && !transposed ? rows + i * k : nullptr,
-                   m, k, n, a_row, a_column, b_line, added ? factor[i * factor_next] : 1};
+    return Product{a + i * a_next, b + i * b_next, base ? base + i * base_next : nullptr, c + i * m * n,
+                   rows && transposed ? rows + i * m : nullptr, rows && !transposed ? rows + i * k : nullptr,
+                   m, k, n, a_row, a_column, b_line, base ? factor[i * factor_next] : 1};
   };
   if (z * m * k * n < SHARED) threads = 1;
   if (transposed) {

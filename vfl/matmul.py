@@ -19,6 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vfl import choices
 from vfl.errors import first_line
+from vfl.native import built
 
 log = logging.getLogger("vfl")
 
@@ -77,23 +78,21 @@ def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, rows
     if rows is not None:
         rows = rows.contiguous()
     _kernel()(
-        a, b, a if base is None else base, a if factor is None else factor, a if rows is None else rows, out,
+        a.data_ptr(), b.data_ptr(), 0 if base is None else base.data_ptr(), 0 if factor is None else factor.data_ptr(),
+        0 if rows is None else rows.data_ptr(), out.data_ptr(),
         z[0] if z else 1, m, b.shape[-2] if rows is None or transposed else rows.shape[-1], n,
         a.stride(0) if a.dim() == 3 else 0, a_row, a_column,
         b.stride(0) if b.dim() == 3 else 0, b_column if transposed else b_row,
-        base_next, factor_next, base is not None, rows is not None, transposed, torch.get_num_threads(),
+        base_next, factor_next, transposed, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """matmul.cpp as machine code, built once on each machine by the compiler that compiled programs need anyway."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    arguments = ["const float*"] * 4 + ["const int64_t*", "float*"] + ["int64_t"] * 15
-    return cast("Callable[..., None]", CppPythonBindingsCodeCache.load_pybinding(arguments, source, device_type="cpu"))
+    """matmul.cpp as machine code."""
+    types = ["const float*"] * 4 + ["const int64_t*", "float*"] + ["int64_t"] * 13
+    return built(Path(__file__).with_suffix(".cpp"), "products", types)
 
 
 Shape = Callable[..., Sequence[Any]]  # of the output, by the inputs' shapes

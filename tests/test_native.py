@@ -1,0 +1,50 @@
+"""C++ as machine code: built once on a machine, found again, and one sentence where it cannot be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vfl import native
+
+SOURCE = """
+#include <cstdint>
+extern "C" void add(const float* a, int64_t count, float* to) { for (int64_t i = 0; i < count; i++) to[i] += a[i]; }
+"""
+TYPES = ("const float*", "int64_t", "float*")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VFL_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "source.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_a_function_is_built_once_and_serves_every_process(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.arange(5.0), torch.ones(5)
+    native.built(source, "add", TYPES)(a.data_ptr(), 4, b.data_ptr())
+    assert b.tolist() == [1, 2, 3, 4, 1]
+    monkeypatch.setenv("PATH", "")  # no compiler
+    native.built(source, "add", TYPES)(a.data_ptr(), 5, b.data_ptr())
+    assert b.tolist() == [1, 3, 5, 7, 5]
+    (library,) = (source.parent / "cache" / "native").iterdir()
+    source.write_text(SOURCE.replace("+=", "-="))
+    with pytest.raises(OSError, match=r"c\+\+"):
+        native.built(source, "add", TYPES)
+    assert library.exists()
+
+
+def test_another_number_of_arguments_is_refused_before_anything_is_read(source: Path) -> None:
+    with pytest.raises(TypeError, match="add takes 3 numbers, not 2"):
+        native.built(source, "add", TYPES)(0, 1)
+    with pytest.raises(TypeError):
+        native.built(source, "add", TYPES)(0, 0.5, 0)
+
+
+def test_what_a_compiler_says_is_kept_and_nothing_is_left(source: Path) -> None:
+    source.write_text(SOURCE.replace("int64_t i = 0", "int64_t i = nothing"))
+    with pytest.raises(RuntimeError, match=r"cannot compile source\.cpp: .*nothing"):
+        native.built(source, "add", TYPES)
+    assert not list((source.parent / "cache" / "native").iterdir())
