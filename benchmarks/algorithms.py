@@ -63,7 +63,7 @@ class Setting:
     """Examples a local step."""
     rounds: int = 15
     """Rounds measured, after two that are not."""
-    execution: Literal["vmap", "compile"] = "vmap"
+    execution: Literal["vmap", "trace", "compile"] = "vmap"
     """How clients are computed."""
     chunk: int = 10
     """Clients at once, and vectors compressed at once."""

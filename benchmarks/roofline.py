@@ -30,7 +30,7 @@ from benchmarks.systems import ours, torch_loop
 from benchmarks.tables import Column, Row, markdown, number, terminal
 from benchmarks.work import ROUNDS, Work, parameters
 from vfl.errors import UsageError
-from vfl.layers import functionalize
+from vfl.tuning import MODES, Mode
 
 
 def by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -46,8 +46,7 @@ COPIES = tuple(2**n for n in range(18, 30))  # bytes read and written: 256 kB to
 TRIES = 9
 
 Model = Literal["softmax", "mlp", "cnn", "lstm", "resnet18"]
-Execution = Literal["vmap", "compile", "loop"]
-Rates = dict[tuple[str, Execution], list[float]]
+Rates = dict[tuple[str, Mode], list[float]]
 """(model, execution) → clients a second, in each repeat."""
 
 
@@ -117,25 +116,26 @@ def better(a: Peaks, b: Peaks) -> Peaks:
     return Peaks(products, {moved: max(rate, b.copies[moved]) for moved, rate in a.copies.items()})
 
 
-def _lstm_flops(z: Sequence[int], w: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of `vfl.recurrence`'s operator: W h at each position."""
-    return 2 * math.prod(z) * w[-1]
+def _lstm_flops(x: Sequence[int], w_x: Sequence[int], w_h: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of oneDNN's layer, which torch does not count: W x and W h at each position."""
+    return 2 * math.prod(x[:2]) * (math.prod(w_x) + math.prod(w_h))
 
 
-def _lstm_gradient_flops(
-    w: Sequence[int], h: Any, c: Any, hs: Any, cs: Any, a: Sequence[int], *_: Any, **__: Any
-) -> int:
-    """And of its gradient: that of W, and that of each h."""
-    return 2 * _lstm_flops(a, w)
+def _lstm_gradient_flops(*inputs: Any, **_: Any) -> int:
+    """And of its gradient: those of both W, and those of x and h."""
+    return 2 * _lstm_flops(*inputs)
 
 
-FLOPS = {torch.ops.vfl.lstm: _lstm_flops, torch.ops.vfl.lstm_gradient: _lstm_gradient_flops}
+FLOPS = {
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_flops,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_gradient_flops,
+}
 
 
 def demand(model: str, work: Work) -> Demand:
     """What a client of the work needs; operations as torch counts them in plain local training."""
     work = replace(work, device="cpu")
-    net = functionalize(torch_loop.network(model, parameters(model, work)))  # torch does not count its own LSTM's
+    net = torch_loop.network(model, parameters(model, work))
     x, y = torch_loop.tensors(replace(work, clients=1), model)
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         torch_loop.train(net, x[0], y[0], work)
@@ -145,7 +145,7 @@ def demand(model: str, work: Work) -> Demand:
     return Demand(counter.get_total_flops(), steps * step, step, work.epochs * held, work.clients * held)
 
 
-def rate(model: str, work: Work, execution: Execution) -> float:
+def rate(model: str, work: Work, execution: Mode) -> float:
     """vfl's clients a second: the median of the later half of the rounds, when it knows its chunk size."""
     work = replace(work, rounds=work.rounds or ROUNDS[model])
     times = ours.run(model, work, execution=execution).seconds
@@ -206,7 +206,7 @@ def rows_of(demands: dict[str, Demand], rates: Rates, peaks: Peaks) -> list[Row]
 
 def main(
     models: Annotated[tuple[Model, ...], tyro.conf.arg(aliases=["--model"])] = ("softmax", "mlp", "cnn"),
-    executions: Annotated[tuple[Execution, ...], tyro.conf.arg(aliases=["--execution"])] = ("vmap", "compile", "loop"),
+    executions: Annotated[tuple[Mode, ...], tyro.conf.arg(aliases=["--execution"])] = MODES,
     work: tyro.conf.OmitArgPrefixes[Work] = Work(),  # noqa: B008
     threads: int = 1,
     repeats: int = 3,

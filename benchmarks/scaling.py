@@ -38,6 +38,7 @@ from benchmarks.measuring import apart, result, save
 from benchmarks.tables import number, terminal
 from vfl.chunks import Memory
 from vfl.errors import UsageError
+from vfl.tuning import MODES, Execution
 
 MB = 1e6
 AT_ONCE = 256 * MB  # of the clients' models
@@ -67,7 +68,7 @@ class Case:
     """Model."""
     steps: int = 1
     """Local steps, of 20 examples."""
-    execution: Literal["vmap", "compile", "loop", "auto"] = "vmap"
+    execution: Execution = "vmap"
     """How clients are computed."""
     ranks: int = 1
     """Processes that share the cohort."""
@@ -110,7 +111,7 @@ AXES: dict[str, Axis] = {
     ),
     # 4 features of 2 classes: a model of 10 parameters.
     "overhead": Axis(
-        ("vmap", "compile", "loop"),
+        MODES,
         lambda case, execution: replace(case, execution=execution, cohort=1, features=4, classes=2, steps=1),
     ),
 }

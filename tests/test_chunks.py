@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vfl.chunks import MEMORY_SHARE, SHORT, ChunkSize, Memory, out_of_memory, parse_chunk
+from vfl.chunks import COLD, HEAVY, MEMORY_SHARE, SHORT, ChunkSize, Memory, out_of_memory, parse_chunk
 from vfl.errors import UsageError
 from vfl.queue import PADDING, alike
 
@@ -17,7 +17,7 @@ GB = 2**30
 
 
 class Machine(Memory):
-    """A device where each client takes some bytes, and a chunk of C clients does speed(C) steps a second."""
+    """A device where each client takes some bytes, and a chunk of C clients does speed(C) steps a millisecond."""
 
     def __init__(self, free: int | None = 8 * GB, each: int = 1, speed=lambda clients: clients, base: int = GB) -> None:
         super().__init__(CPU)
@@ -35,7 +35,7 @@ class Machine(Memory):
     def run(self, clients: int) -> float:
         """Seconds of one chunk in which every client takes one step."""
         self.highest = max(self.highest, self.base + clients * self.each)
-        return clients / self.speed(clients)
+        return 1e-3 * clients / self.speed(clients)
 
 
 def size_on(machine: Machine, wanted: int | None = None, client_bytes: int = 1) -> ChunkSize:
@@ -194,11 +194,18 @@ def test_without_any_figure_for_memory_speed_alone_decides() -> None:
 
 def test_a_chunk_smaller_than_the_size_teaches_nothing() -> None:
     size = size_on(Machine())
-    for clients in (1, 15):
-        size.report(clients, clients, 1e-9, 0)
-        size.report(clients, clients, 1e9, 0)
+    for clients, seconds in ((1, 1e-9), (15, 1e-3)):
+        size.report(clients, clients, seconds, 0)
     assert size.size == 16
     assert not size.settled
+
+
+@pytest.mark.parametrize(("speed", "chunks"), [(0.5 / HEAVY, [16, 32]), (0.5 / HEAVY / COLD, [16])])
+def test_clients_whose_steps_take_long_are_not_put_together(speed: float, chunks: list[int]) -> None:
+    """Twice as long as those beside which calls cost nothing; in the first chunk, other things take time, too."""
+    machine = Machine(speed=lambda clients: 1e-3 * speed)
+    size = size_on(machine)
+    assert played(machine, size) == chunks and size.size == 16
 
 
 # Giving way

@@ -33,7 +33,7 @@ class Recordings:
 
     def __init__(self, spoil: Callable[[list[Tensor]], Any] = lambda results: None) -> None:
         self.spoil, self.made, self.replays = spoil, 0, 0
-        self.compilers: list[execute.Compiler] = []
+        self.programs: list[execute.Programs] = []
 
     def recorder(self) -> Recorder:
         return Recorder(lambda work: work(), self.record)
@@ -56,11 +56,11 @@ def recorded(monkeypatch):
     """A function that makes runs replay their programs by these recordings."""
 
     def use(recordings: Recordings) -> Recordings:
-        def compiler(problem: execute.Problem, _: object) -> execute.Compiler:
-            recordings.compilers.append(execute.Compiler(problem, recordings.recorder))
-            return recordings.compilers[-1]
+        def programs(problem: execute.Problem, build: execute.Build, _: object) -> execute.Programs:
+            recordings.programs.append(execute.Programs(problem, build, recordings.recorder))
+            return recordings.programs[-1]
 
-        monkeypatch.setattr("vfl.executor.Compiler", compiler)
+        monkeypatch.setattr("vfl.executor.Programs", programs)
         monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
         return recordings
 
@@ -123,7 +123,7 @@ def test_running_out_of_memory_halves_the_chunk_and_frees_the_recordings(when, r
     torch.testing.assert_close(played[-1][0].server.x, wanted.x, rtol=1e-9, atol=1e-9)
     assert [r.getMessage() for r in caplog.records] == ["out of memory with 2 clients at once; going on with 1"]
     assert played[-1][1]["execution"] == "compile" and recordings.made == 2
-    assert len(recordings.compilers[0]) == 1  # the recording of two clients is gone
+    assert sum(map(len, recordings.programs)) == 1  # the recording of two clients is gone
 
 
 def test_what_stays_is_read_where_it_lies_and_the_rest_is_copied_to_its_place():

@@ -18,19 +18,18 @@ from vfl import choices, execute
 from vfl.chunks import SHORT, ChunkSize
 from vfl.executor import Executor, processor_seconds, threads
 from vfl.operators import Operators, TooManyOperatorsError
-from vfl.tuning import MOST_OPERATORS, PATIENCE, SEEN, TRIES, Tuner, Way
+from vfl.tuning import ENOUGH, MODES, PATIENCE, PROGRAMS, SEEN, TRIES, Tuner, Way
 
 CPU = torch.device("cpu")
+COMPILED = PROGRAMS["compile"]
 OPTIONS = {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
 
 
 @every_algorithm
-def test_a_traced_program_gives_the_results_of_vmap(algorithm, monkeypatch):
-    """The graph is what could differ; compiling it is torch's."""
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+def test_a_traced_program_gives_the_results_of_vmap(algorithm):
     task, data = regression(), federated()
     wanted = run(algorithm, task, data, 3, **OPTIONS)
-    assert_same(run(algorithm, task, data, 3, execution="compile", **OPTIONS), wanted, 1e-9)
+    assert_same(run(algorithm, task, data, 3, execution="trace", **OPTIONS), wanted, 1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on loading inductor
@@ -97,8 +96,8 @@ def test_a_program_computes_chunk_after_chunk_of_like_clients(monkeypatch):
     """Clients with as many steps go through one program without the host looking around in between."""
     calls, slices = [], []
     monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: lambda *now: calls.append(0) or graph(*now))
-    plain = execute.Compiler.run
-    monkeypatch.setattr(execute.Compiler, "run", lambda *given: slices.append(0) or plain(*given))
+    plain = execute.Programs.run
+    monkeypatch.setattr(execute.Programs, "run", lambda *given: slices.append(0) or plain(*given))
     task, data = regression(), federated(sizes=[6] * 9)
     options = {"clients_per_round": "all", "batch_size": 3}
     wanted = run(ALGORITHMS["scaffold-option=2"], task, data, 3, execution="vmap", chunk=100, **options)
@@ -108,14 +107,14 @@ def test_a_program_computes_chunk_after_chunk_of_like_clients(monkeypatch):
 
 
 def test_a_program_that_runs_out_of_memory_is_followed_by_smaller_chunks(monkeypatch, caplog):
-    plain = execute.Compiler.run
+    plain = execute.Programs.run
 
     def narrow(self, signature, bounds, shared, inputs, sums, most, chunk):
         if chunk > 2:
             raise torch.OutOfMemoryError("too many")
         return plain(self, signature, bounds, shared, inputs, sums, most, chunk)
 
-    monkeypatch.setattr(execute.Compiler, "run", narrow)
+    monkeypatch.setattr(execute.Programs, "run", narrow)
     monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated()
     wanted = run(ALGORITHMS["fedavg"], task, data, 2, execution="vmap", clients_per_round="all", chunk=100)
@@ -132,7 +131,7 @@ def steady_rounds(execution: str, rounds: int, *, known_size: bool = True) -> li
     engine = vfl.Engine(FedAvg().build(task, 8), task, data, **options)
     engine.timed = True  # as where there are several ranks
     if not known_size:
-        engine.executor._compiled_chunk = engine.executor._chunk_once = None
+        engine.executor._most.clear()
     state, steady = engine.init(0), []
     for _ in range(rounds):
         state, _ = engine.play(state, rounds)
@@ -179,8 +178,11 @@ def test_auto_gives_the_results_of_vmap():
 
 
 def played(tuner: Tuner, seconds: dict[str, float], chunks: int = 60) -> list[str]:
-    """The modes of so many chunks, each 10 steps deep, of 4 clients (1 in the loop) that take `seconds` each."""
-    modes = []
+    """The modes of so many chunks, each 10 steps deep, of 4 clients (1 in the loop) that take `seconds` each.
+
+    Traced programs bring nothing unless they have seconds of their own.
+    """
+    modes, seconds = [], {"trace": seconds["vmap"], "trace by one thread": seconds["vmap"]} | seconds
     for _ in range(chunks):
         way = tuner.way()
         clients = 1 if way.mode == "loop" else 4
@@ -206,9 +208,9 @@ def named(name: str, steps_to_come: float) -> Tuner:
     return made
 
 
-@pytest.mark.parametrize("fastest", ["loop", "vmap", "compile"])
+@pytest.mark.parametrize("fastest", ["loop", "vmap", "trace", "compile"])
 def test_auto_ends_with_the_fastest(fastest):
-    seconds = {"loop": 3.0, "vmap": 2.0, "compile": 2.5} | {fastest: 1.0}
+    seconds = {"loop": 3.0, "vmap": 2.0, "trace": 2.2, "compile": 2.5} | {fastest: 1.0}
     assert set(played(tuner(1e9), seconds)[-20:]) == {fastest}
 
 
@@ -219,7 +221,7 @@ def test_auto_tries_one_thread_where_there_are_several():
         one.begin(1e9)
         one.counted(1400, 10)
         ways = played(one, several | {"compile by one thread": compiled})
-        assert set(ways) == {*several, "compile by one thread"} and ways[-1] == best
+        assert set(ways) == {*several, "trace by one thread", "compile by one thread"} and ways[-1] == best
     assert set(played(tuner(0.0), {"loop": 3.0, "vmap": 1.0})) == {"loop", "vmap"}
 
 
@@ -265,33 +267,36 @@ def test_a_program_tried_late_is_compared_with_vmap_and_not_with_the_loop_timed_
     assert "compile" in modes and modes[-1] == "vmap"
 
 
-def test_auto_times_the_loop_in_a_few_chunks_only():
-    assert played(tuner(0.0), {"loop": 3.0, "vmap": 1.0}).count("loop") == TRIES + 1
+def test_auto_times_a_way_in_a_few_chunks_only_and_in_fewer_long_ones():
+    for scale, chunks in ((1e-3 * ENOUGH, TRIES + 1), (ENOUGH, 2)):
+        one = tuner(0.0)
+        assert played(one, {"loop": 3.0 * scale, "vmap": scale}).count("loop") == chunks
 
 
 def test_auto_does_not_compile_shapes_that_do_not_come_back():
     one = tuner(1e9)
     for n in range(50):
         mode = one.mode()
-        assert mode != "compile"
+        assert mode not in PROGRAMS
         one.met(n)
         one.report(mode, n, 40, 10, 1.0 if mode == "vmap" else 3.0)
-    assert not one.wants("a new shape", 10)
+    assert not one.wants("compile", "a new shape", 10)
     one.met("a shape that does", SEEN)
-    assert not one.wants("a shape that does", 10 * MOST_OPERATORS // 1400 + 1)  # its program would be too large
-    assert one.wants("a shape that does", 10)
+    for mode, kind in PROGRAMS.items():
+        assert not one.wants(mode, "a shape that does", 10 * kind.most // 1400 + 1)  # its program would be too large
+        assert one.wants(mode, "a shape that does", 10)
 
 
 def test_auto_compiles_only_shapes_whose_part_of_the_steps_repays_it():
     one = tuner(steps_to_come=1e7)
     assert set(played(one, {"loop": 3.0, "vmap": 1e-3, "compile": 0.5e-3})[-4:]) == {"compile"}
     saved = 1e7 * 0.5e-4  # seconds, by programs for all shapes: a client's 10 steps take half a millisecond less
-    cost = one._cost(10)
+    cost = one._cost("compile", 10)
     one.met("rare", SEEN)
-    assert not one.wants("rare", 10, share=0.9 * cost / saved)
-    assert one.wants("rare", 10, share=1.1 * cost / saved)
+    assert not one.wants("compile", "rare", 10, share=0.9 * cost / saved)
+    assert one.wants("compile", "rare", 10, share=1.1 * cost / saved)
     one.steps_to_come = 0.0
-    assert one.wants("rare", 10, share=0.0)  # whose program there is
+    assert one.wants("compile", "rare", 10, share=0.0)  # whose program there is
 
 
 def test_auto_ends_a_trial_in_which_no_shape_repays_a_program():
@@ -306,14 +311,14 @@ def test_auto_ends_a_trial_in_which_no_shape_repays_a_program():
 
 def test_a_trial_compiles_for_whole_cohorts_and_not_for_what_other_trials_left_of_one(monkeypatch):
     made: list[int] = []
-    plain = execute.Compiler.run
-    monkeypatch.setattr(execute.Compiler, "run", lambda *given: made.append(given[-1]) or plain(*given))
+    plain = execute.Programs.run
+    monkeypatch.setattr(execute.Programs, "run", lambda *given: made.append(given[-1]) or plain(*given))
     monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated(sizes=[6] * 25)
     options = {"clients_per_round": "all", "work": vfl.Work(batch_size=3)}
     engine = vfl.Engine(FedAvg().build(task, 25), task, data, execution="auto", chunk=None, **options)
     engine.executor.chunk.keep(5)
-    engine.executor._compiled_chunk = 5
+    engine.executor._most = {(mode, once): 5 for mode in PROGRAMS for once in (False, True)}
     state = engine.init(0)
     for _ in range(2):  # four chunks by vmap, four clients one by one: one is left
         assert not made
@@ -322,10 +327,10 @@ def test_a_trial_compiles_for_whole_cohorts_and_not_for_what_other_trials_left_o
 
 
 def test_auto_does_not_compile_a_program_that_takes_minutes_and_stops_timing():
-    large = tuner(1e9, operators=MOST_OPERATORS + 1)
+    large = tuner(1e9, operators=COMPILED.most + 1)
     assert "compile" not in played(large, {"loop": 3.0, "vmap": 1.0}, chunks=PATIENCE + TRIES + 1)
     assert not large.learning
-    assert "compile" in played(tuner(1e9, operators=MOST_OPERATORS), {"loop": 3.0, "vmap": 1.0, "compile": 0.1})
+    assert "compile" in played(tuner(1e9, operators=COMPILED.most), {"loop": 3.0, "vmap": 1.0, "compile": 0.1})
 
 
 def test_auto_does_not_compile_before_it_has_counted():
@@ -359,7 +364,7 @@ def test_operators_are_counted_in_the_first_chunk(monkeypatch):
 
 def test_who_asks_for_a_program_that_takes_minutes_is_warned(caplog):
     with caplog.at_level(logging.WARNING, "vfl"):
-        for wanted, operators in (("auto", 60_000), ("compile", MOST_OPERATORS), ("compile", 60_000)):
+        for wanted, operators in (("auto", 60_000), ("compile", COMPILED.most), ("compile", 60_000)):
             Tuner(wanted, ChunkSize(4, 1, CPU)).counted(operators, 10)
     (record,) = caplog.records
     assert "60,000 operators may take 25 minutes" in record.getMessage()
@@ -378,7 +383,7 @@ def _noting(counted: list[int]):
 def test_tracing_ends_at_the_limit(monkeypatch, caplog):
     """Even where the count was wrong; the run goes on, with the same results."""
     monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: pytest.fail("the program was traced"))
-    monkeypatch.setattr(Tuner, "most_operators", 50)
+    monkeypatch.setattr(Tuner, "most_operators", lambda self, mode: 50)
     algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
     with caplog.at_level(logging.WARNING, "vfl"):
         found = vfl.simulate(algorithm, task, data, 3, execution="compile", **OPTIONS)
@@ -396,11 +401,10 @@ def test_operators_are_those_that_run():
 
 
 def test_what_is_asked_for_is_what_runs():
-    for wanted in ("vmap", "compile", "loop"):
-        assert set(played(Tuner(wanted, ChunkSize(4, 1, CPU)), dict.fromkeys(("vmap", "compile", "loop"), 1.0))) == {
-            wanted
-        }
-    assert Tuner("compile", ChunkSize(4, 1, CPU)).wants("anything", 10**6)
+    for wanted in MODES:
+        assert set(played(Tuner(wanted, ChunkSize(4, 1, CPU)), dict.fromkeys(MODES, 1.0))) == {wanted}
+    for wanted in ("trace", "compile"):
+        assert Tuner(wanted, ChunkSize(4, 1, CPU)).wants(wanted, "anything", 10**6)
 
 
 def test_round_metrics_say_how_it_ran():
@@ -427,22 +431,22 @@ def test_the_cost_of_a_program_holds_the_compilers_seconds_and_no_waiting():
 
 
 def test_short_runs_that_keep_coming_repay_a_program_together(tmp_path, monkeypatch):
-    """It is expected to cost 39 seconds, to halve these runs of 50 each, and to be worth it at twice its cost."""
+    """It is expected to cost 39 seconds, to save a third of these runs' 50 each, and worth it at twice its cost."""
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
-    ways = [played(named("g", 1000.0), {"loop": 1.0, "vmap": 0.5, "compile": 0.25}) for _ in range(4)]
-    assert ["compile" in run for run in ways] == [False, False, False, True]
+    ways = [played(named("g", 1000.0), {"loop": 1.0, "vmap": 0.5, "compile": 0.25}) for _ in range(5)]
+    assert ["compile" in run for run in ways] == [False, False, False, False, True]
 
 
 def test_short_runs_do_not_each_try_again_what_fails_to_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
     tried = []
-    for n in range(8):
+    for n in range(10):
         one = named("h", 1000.0)
-        chunks = (1 if n else 2) * (TRIES + 1) + 1  # by vmap, in the first run by loop too, then one by a program
+        chunks = (1 if n else 3) * (TRIES + 1) + 1  # by vmap, in the first run by loop and trace too, then one compiled
         tried.append("compile" in played(one, {"loop": 1.0, "vmap": 0.5, "compile": 0.25}, chunks))
         if tried[-1]:
             one.give_up("compile")
-    assert tried == [False, False, False, True] * 2
+    assert tried == [False, False, False, False, True] * 2
 
 
 def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(tmp_path, monkeypatch):
@@ -465,14 +469,16 @@ def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(t
 def test_a_later_run_compiles_from_its_first_round_and_rare_shapes_go_the_best_other_way(monkeypatch):
     monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
     ways: list[str] = []
-    eager, compiled = Executor._eager, Executor._compiled
+    eager, by_program = Executor._eager, Executor._by_program
     monkeypatch.setattr(Executor, "_eager", lambda *given: ways.append(given[1]) or eager(*given))
-    monkeypatch.setattr(Executor, "_compiled", lambda *given: ways.append("compile") or compiled(*given))
+    monkeypatch.setattr(Executor, "_by_program", lambda *given: ways.append(given[1]) or by_program(*given))
     task, data = regression(), federated(sizes=[12] * 12 + [3])
     options = {"clients_per_round": "all", "work": vfl.Work(batch_size=3)}
     engine = vfl.Engine(FedAvg().build(task, 13), task, data, execution="auto", chunk=None, **options)
-    engine.executor.tuner._known = choices.Choice(16, {"vmap": 1.0, "loop": 2.0, "compile": 4.0}, 1.0, None, None, 0.0)
-    engine.executor._compiled_chunk = 2
+    engine.executor.tuner._known = choices.Choice(
+        16, {"vmap": 1.0, "loop": 2.0, "trace": 2.0, "compile": 4.0}, 1.0, None, None, 0.0
+    )
+    engine.executor._most = {(mode, once): 2 for mode in PROGRAMS for once in (False, True)}
     state, played = engine.init(0), []
     for _ in range(SEEN):
         ways.clear()

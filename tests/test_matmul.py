@@ -142,7 +142,7 @@ def test_a_step_along_a_product_is_one_operation_in_a_compiled_program(
     x, g, w = torch.randn(*z, 20, 100), torch.randn(*z, 20, 50), torch.randn(5_000)
     lr = torch.tensor([[0.1], [0.2], [0.0]]) if kind == "many rates" else torch.tensor(0.1)
     inputs = [w, x, g, lr]
-    graph = matmul.faster_products(make_fx(descent)(*inputs), inputs)
+    graph = matmul.faster_products(make_fx(descent)(*inputs), inputs, lowered=True)
     assert targets(graph).count(ours.add_product.default) == 2
     assert targets(graph).count(ours.product.default) == 1  # whose own value is asked for, too
     compiled = compile_graph(graph, inputs)
@@ -179,7 +179,7 @@ def test_a_minibatch_that_products_alone_read_is_not_copied_together(
     many = () if C is None else (C,)
     inputs = [torch.randn(40, 1, 8, 8), torch.randint(40, (*many, 20)), torch.randn(*many, 60 * 64), torch.tensor(0.1)]
     mapped = function if C is None else torch.func.vmap(function, (None, 0, 0, None))
-    graph = matmul.faster_products(make_fx(mapped)(*inputs), inputs)
+    graph = matmul.faster_products(make_fx(mapped)(*inputs), inputs, lowered=True)
     found = targets(graph)
     assert (found.count(ours.product_of_rows.default), found.count(ours.add_product_of_rows.default)) == named
     assert found.count(aten.embedding.default) == copies

@@ -14,9 +14,11 @@ from vfl.errors import UsageError
 log = logging.getLogger("vfl")
 
 MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
-SHORT = 6  # so many chunks without a full one end the growth
+SHORT = 3  # so many chunks without a full one end the growth
 FIRST = (16, 2**26)  # the first chunk on a CPU: so many clients, or bytes of them
 WORTH = 1.05  # a doubled chunk must be this much faster to be kept
+HEAVY = 0.01  # seconds of a client's step beside which calls cost nothing on a CPU, so that more clients bring nothing;
+COLD = 10  # so many times that in the first chunk, which warms up
 
 
 def parse_chunk(text: str | int | None) -> int | None:
@@ -81,6 +83,7 @@ class ChunkSize:
         self._equal = 2**63  # clients in a chunk of the last equal ones
         self._short = 0  # chunks since the last full one
         self._best = (0.0, self.size)  # (local steps a second, size)
+        self._most_seconds = HEAVY if device.type == "cpu" else math.inf
 
     def take(self, alike: int, size: int | None = None) -> int:
         """How many of the next clients, of which `alike` are alike, form the next chunk; of `size` if that is given."""
@@ -98,6 +101,9 @@ class ChunkSize:
     def report(self, clients: int, steps: int, seconds: float, before: int | None) -> None:
         """Learns from a finished chunk; `before` is the memory in use when it started."""
         if self.settled:
+            return
+        if seconds / steps > self._most_seconds * (1 if self._best[0] else COLD):
+            self._settle(self._best[1] if steps / seconds < WORTH * self._best[0] else clients)
             return
         if clients < self.size:  # the cohorts may never fill it
             if clients > self._best[1] and steps / seconds < self._best[0]:

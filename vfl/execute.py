@@ -29,6 +29,7 @@ from vfl.leafwise import leafwise
 from vfl.local import Batches, Block
 from vfl.matmul import faster_products
 from vfl.operators import Operators
+from vfl.recording import record
 from vfl.reduce import Results, Sums, add
 from vfl.task import Weight
 from vfl.transforms import mapped
@@ -171,23 +172,27 @@ def kept(problem: Problem, results: Results) -> Tree:
     return (message.payload, message.weight) if problem.algorithm.combine is not None else ()
 
 
-class Compiled(NamedTuple):
-    """A chunk's whole work as machine code: clients, weighted sums and reports."""
+Build = Callable[[Program, list[Tensor], list[int]], Program]
+"""(a chunk's work, inputs of its shapes, the sizes of the model's parameters) → a faster program for such inputs."""
+
+
+class Made(NamedTuple):
+    """A chunk's whole work as a program: clients, weighted sums and reports."""
 
     call: Program  # of the leaves of Shared, Inputs and Sums
     result: Any  # the structure of what it gives, an Added
 
 
-class Compiler:
-    """Compiled programs by chunk shape.
+class Programs:
+    """Programs by chunk shape, each of them made by `build` when the first chunk of its shape comes.
 
     Nothing in a program can depend on a value, which vmap has shown before, so a program guards nothing. Where a
     `recorder` can be made, programs are replayed as CUDA graphs.
     """
 
-    def __init__(self, problem: Problem, recorder: Callable[[], Recorder] | None = None) -> None:
-        self.problem, self._recorder = problem, recorder and functools.cache(recorder)
-        self._programs: dict[Hashable, Compiled] = {}
+    def __init__(self, problem: Problem, build: Build, recorder: Callable[[], Recorder] | None = None) -> None:
+        self.problem, self.build, self._recorder = problem, build, recorder and functools.cache(recorder)
+        self._programs: dict[Hashable, Made] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -206,7 +211,7 @@ class Compiler:
         most: int | None,
         chunk: int,
     ) -> list[Added]:
-        """The clients by the program for chunks of this size, which the first of their shape compiles.
+        """The clients by the program for chunks of this size, which the first of their shape makes.
 
         One chunk after the other goes through it, which costs the host but a call; each leaves its own.
         Raises TooManyOperatorsError where the program would take more than `most` operators.
@@ -220,15 +225,13 @@ class Compiler:
                 fixed = [leaf is shared.x or leaf is shared.y for leaf in flat]
                 arguments = pytree.tree_structure((shared, inputs, sums))
                 self._programs[signature] = self._make(bounds, flat, fixed, arguments, most)
-            compiled = self._programs[signature]
-            done = compiled.call(*flat)
-            added.append(cast("Added", pytree.tree_unflatten(done, compiled.result)))
+            program = self._programs[signature]
+            done = program.call(*flat)
+            added.append(cast("Added", pytree.tree_unflatten(done, program.result)))
             total = done[: len(total)]  # the sums come first in Added
         return added
 
-    def _make(
-        self, bounds: Bounds, flat: list[Tensor], fixed: list[bool], arguments: Any, most: int | None
-    ) -> Compiled:
+    def _make(self, bounds: Bounds, flat: list[Tensor], fixed: list[bool], arguments: Any, most: int | None) -> Made:
         flat = _told_apart(flat)
         if self._recorder:  # whose places are dense
             flat = [leaf.contiguous() for leaf in flat]
@@ -250,8 +253,8 @@ class Compiler:
             result[:] = [structure]
             return done
 
-        graph = faster_products(leafwise(make_fx(program)(*flat), self.problem.sizes), flat)
-        return Compiled(self._recorded(compile_graph(graph, flat), flat, fixed), result[0])
+        made = self.build(program, flat, self.problem.sizes)
+        return Made(self._recorded(made, flat, fixed), result[0])
 
     def _recorded(self, program: Program, flat: list[Tensor], fixed: list[bool]) -> Program:
         """The program as a CUDA graph, where there are such and it can be one."""
@@ -271,6 +274,25 @@ def _told_apart(inputs: list[Tensor]) -> list[Tensor]:
     """The inputs of which no two are one tensor: a trace would take them for one for good, later values included."""
     first: set[int] = set()
     return [leaf.clone() if id(leaf) in first or first.add(id(leaf)) else leaf for leaf in inputs]
+
+
+def trace(work: Program, inputs: list[Tensor], sizes: list[int]) -> Program:
+    """The operators one after the other, without what vmap and autograd do between them."""
+    graph, results = record(work, inputs)
+    graph, recorded = faster_products(leafwise(graph, sizes), inputs), [results]
+
+    def program(*inputs: Tensor) -> list[Tensor]:
+        if recorded:  # the first call is for the same inputs
+            return recorded.pop()
+        with torch.enable_grad():  # as when it was recorded: oneDNN keeps nothing for a gradient without
+            return graph(*inputs)
+
+    return program
+
+
+def compiled(work: Program, inputs: list[Tensor], sizes: list[int]) -> Program:
+    """The operators fused, as machine code."""
+    return compile_graph(faster_products(leafwise(make_fx(work)(*inputs), sizes), inputs, lowered=True), inputs)
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:

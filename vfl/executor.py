@@ -21,18 +21,18 @@ from vfl.base import Tree, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.cuda_graph import recorder
 from vfl.errors import first_line
-from vfl.execute import Added, Compiler, Problem, Shared, add_all, by_loop, by_vmap, kept
+from vfl.execute import Added, Problem, Programs, Shared, add_all, by_loop, by_vmap, compiled, kept, trace
 from vfl.heap import keep_freed_memory
 from vfl.operators import Operators
 from vfl.queue import Queue, Slice
 from vfl.reduce import Layout, Results, Sums, layout, zeros
-from vfl.tuning import Execution, Mode, Tuner
+from vfl.tuning import PROGRAMS, Execution, Mode, Tuner
 
 log = logging.getLogger("vfl")
 
-# So many times a core's second-level cache may a compiled chunk take: what its calls cost weighs more than the way to
+# So many times a core's second-level cache may a program's chunk take: what its calls cost weighs more than the way to
 # the third level, whose rows come in order; and more still where nothing is read twice.
-AGAIN, ONCE = 8, 16
+AGAIN, ONCE = {"trace": 32, "compile": 8}, {"trace": 32, "compile": 16}
 
 OWN_NOISE = "it draws random numbers that no client's key decides; nn.Dropout, unlike F.dropout, draws them by the key"
 
@@ -76,16 +76,21 @@ class Executor:
         many = torch.get_num_threads() if self.device.type == "cpu" else 1
         self.tuner = Tuner(execution, self.chunk, self._name(work) if chunk is None else None, many)
         graphs = functools.partial(recorder, self.device) if self.device.type == "cuda" else None
-        self.compiler = Compiler(problem, graphs)
+        self.programs = {"trace": Programs(problem, trace, graphs), "compile": Programs(problem, compiled, graphs)}
         self._layouts: dict[Any, Layout] = {}  # by the round's kind
         self._vmapped: set[Any] = set()  # the kinds of rounds that vmap has computed
         self._clock = choices.clock(self.device)
         self._compile_clock = processor_seconds if self._clock is time.thread_time else self._clock
-        self._compiled_chunk = self._chunk_once = chunk
-        if chunk is None and self.device.type == "cpu":
-            # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
-            self._compiled_chunk = max(AGAIN * cache_bytes() // (3 * model_bytes + batch_bytes), 1)
-            self._chunk_once = max(ONCE * cache_bytes() // (3 * model_bytes), 1)
+        self._finding = chunk is None and self.device.type == "cpu"
+        # Clients in a program's chunk, by its kind and whether they read their examples once; else as many as vmap's.
+        self._most: dict[tuple[Mode, bool], int] = {}
+        for mode in PROGRAMS:
+            if chunk is not None:
+                self._most |= {(mode, False): chunk, (mode, True): chunk}
+            elif self._finding:
+                # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
+                self._most[mode, False] = max(AGAIN[mode] * cache_bytes() // (3 * model_bytes + batch_bytes), 1)
+                self._most[mode, True] = max(ONCE[mode] * cache_bytes() // (3 * model_bytes), 1)
 
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
@@ -94,26 +99,25 @@ class Executor:
             growing = mode == "vmap" and not self.chunk.settled
             learning = growing or self.tuner.learning
             round.steady &= not learning
-            round.tried |= self.tuner.learning and self.tuner.mode() != "compile"
+            round.tried |= self.tuner.learning and self.tuner.mode() not in PROGRAMS
             before, started = self.chunk.memory.used() if growing else None, self._clock()
             try:
                 with threads(1 if alone else torch.get_num_threads()):
-                    if mode == "compile":
-                        added = self._compiled(now, shared, round)
+                    if mode in self.programs:
+                        added = self._by_program(mode, now, shared, round)
                     else:
                         mode, added = self._run(mode, now, shared, round)
             except Exception as error:
                 if out_of_memory(error):
-                    self.compiler.forget()
+                    for programs in self.programs.values():
+                        programs.forget()
                 if not out_of_memory(error) or not self.chunk.halve(now.chunk):
                     raise
-                if self._compiled_chunk is not None and self._chunk_once is not None:
-                    self._compiled_chunk = min(self._compiled_chunk, self.chunk.size)
-                    self._chunk_once = min(self._chunk_once, self.chunk.size)
+                self._most = {case: min(most, self.chunk.size) for case, most in self._most.items()}
                 round.steady = False
                 continue
             if added is None:
-                continue  # without compiling
+                continue  # without a program
             queue.advance(now.clients)
             self._keep(now, added, round)
             if learning:
@@ -159,37 +163,39 @@ class Executor:
 
     def _next(self, queue: Queue, round: Round) -> tuple[Mode, bool, Slice]:
         """How to compute the next clients, whether by one thread, and who they are."""
-        mode, alone = self.tuner.way()
-        if mode == "compile" and not round.tried:
-            clients = self.chunk.take(queue.alike, self._chunk_once if queue.once else self._compiled_chunk)
+        *programs, (mode, alone) = self.tuner.ways()
+        for kind, single in programs if not round.tried else ():
+            # A lone client's layers are the library's own, which pays where more clients bring nothing.
+            most = 1 if self._finding and self.tuner.heavy else self._most.get((kind, queue.once))
+            clients = self.chunk.take(queue.alike, most)
             now, repeats = queue.peek(clients), queue.repeats(clients)
-            sized = self.chunk.settled or self._compiled_chunk is not None
+            sized = self.chunk.settled or bool(self._most)
             if not sized or round.kind not in self._vmapped or self.tuner.counting:
-                return "vmap", alone, now  # which also shows that nothing depends on a value
+                return "vmap", single, now  # which also shows that nothing depends on a value
             self.tuner.met(now.signature, repeats)
-            if self.tuner.wants(now.signature, int(now.counts.max()), _share(queue, now)):
+            if self.tuner.wants(kind, now.signature, int(now.counts.max()), _share(queue, now)):
                 many = queue.peek(clients, repeats)
-                return mode, alone, many if many.signature == now.signature else now
-        if mode == "compile":
-            mode, alone = self.tuner.eager
+                return kind, single, many if many.signature == now.signature else now
         return mode, alone, queue.peek(1 if mode == "loop" else self.chunk.take(queue.alike))
 
-    def _compiled(self, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
+    def _by_program(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
         """What the slice's chunks left; None where there is no program for them, and there will be none."""
-        programs, started = len(self.compiler), self._compile_clock()
-        sums, most = round.sums or self.no_sums(round), self.tuner.most_operators
+        programs, started = self.programs[mode], self._compile_clock()
+        before, sums, most = len(programs), round.sums or self.no_sums(round), self.tuner.most_operators(mode)
         kind = (round.kind, now.signature, torch.get_num_threads())  # which are fixed in a program
         try:
-            added = self.compiler.run(kind, now.bounds, shared, now.inputs, sums, most, now.chunk)
+            added = programs.run(kind, now.bounds, shared, now.inputs, sums, most, now.chunk)
         except Exception as error:
             if out_of_memory(error):
                 raise
-            self.tuner.give_up("compile")
-            log.warning("compiling failed, so the run goes on without (%s)", first_line(error))
+            self.tuner.give_up(mode)
+            doing = {"trace": "tracing", "compile": "compiling"}[mode]
+            log.warning("%s failed, so the run goes on without (%s)", doing, first_line(error))
             return None
-        if len(self.compiler) > programs:
+        if len(programs) > before:
             round.steady = False
-            self.tuner.compiled(self._compile_clock() - started)
+            if mode == "compile":
+                self.tuner.compiled(self._compile_clock() - started)
         return added
 
     def _run(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> tuple[Mode, list[Added]]:

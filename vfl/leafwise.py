@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from vfl.recording import form
+
 aten = torch.ops.aten
 
 
@@ -52,7 +54,7 @@ class _Rewriting:
         made = self.new[node]
         if isinstance(made, Pieces):
             if id(made) not in self._joined:
-                self._joined[id(made)] = self.graph.call_function(aten.cat.default, (made.nodes, -1))
+                self._joined[id(made)] = self._call(aten.cat.default, (made.nodes, -1), {}, _value(node))
             return self._joined[id(made)]
         return made
 
@@ -63,7 +65,8 @@ class _Rewriting:
             return made
         if made not in self._split:
             parts = self.graph.call_function(aten.split_with_sizes.default, (made, self.sizes, -1))
-            each = [self.graph.call_function(operator.getitem, (parts, i)) for i in range(len(self.sizes))]
+            forms = form(_value(node)).split(self.sizes, -1)
+            each = [self._call(operator.getitem, (parts, i), {}, part) for i, part in enumerate(forms)]
             self._split[made] = Pieces(each)
         return self._split[made]
 
@@ -92,15 +95,18 @@ class _Rewriting:
             return self._each(node, lambda i: args)
         return None
 
-    def _each(self, node: Node, arguments: Any) -> Pieces:
-        """The operation applied to every piece."""
+    def _each(self, node: Node, arguments: Any, *, whole: bool = False) -> Pieces:
+        """The operation applied to every piece, whose results have the form of the `whole` one or are its pieces."""
 
         def piece(i: int) -> Node:
             def convert(a: Node) -> Node:
                 return self.pieces(a).nodes[i] if self._fits(a) else self.whole(a)
 
             args, kwargs = torch.fx.map_arg((arguments(i), node.kwargs), convert)
-            return self.graph.call_function(cast("Any", node.target), args, cast("Any", kwargs))
+            result = _value(node)
+            if not whole:
+                result = torch.empty((*result.shape[:-1], self.sizes[i]), dtype=result.dtype, device="meta")
+            return self._call(node.target, args, kwargs, result)
 
         return Pieces([piece(i) for i in range(len(self.sizes))])
 
@@ -110,13 +116,19 @@ class _Rewriting:
         along = {d % _rank(source) for d in dims}
         if not dims or not self._fits(source):
             return None
-        sums = self._each(node, lambda i: node.args)
+        sums = self._each(node, lambda i: node.args, whole=_rank(source) - 1 in along)
         if _rank(source) - 1 not in along:
             return sums
         total, *rest = sums.nodes
         for part in rest:
-            total = self.graph.call_function(aten.add.Tensor, (total, part))
+            total = self._call(aten.add.Tensor, (total, part), {}, _value(node))
         return total
+
+    def _call(self, target: Any, args: Any, kwargs: Any, value: Tensor) -> Node:
+        """An operation whose result has the form of `value`."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        return node
 
     def _fits(self, node: Any) -> bool:
         return isinstance(node, Node) and _last(node) == self.length

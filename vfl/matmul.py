@@ -1,4 +1,4 @@
-"""Matrix products in compiled programs by kernels of our own (matmul.cpp), where a timing found them faster here.
+"""Matrix products in programs by kernels of our own (matmul.cpp), where a timing found them faster here.
 
 Letters: z products of [m, k] and [k, n] matrices; a [(z,) m, k], b [(z,) k, n], base [(z,) m, n].
 """
@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vfl import choices
 from vfl.errors import first_line
 from vfl.native import built
+from vfl.recording import reduce_to_forms
 
 log = logging.getLogger("vfl")
 
@@ -145,8 +144,10 @@ def _lowered() -> None:
         lower(name, kernel, shape)
 
 
-def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
+def faster_products(module: GraphModule, inputs: list[Tensor], *, lowered: bool = False) -> GraphModule:
     """The program for such inputs with its products by our kernels where those are measurably faster here; in place.
+
+    `lowered`: torch's compiler will get it, and is told how to call them.
 
     A step along a product, base + factor · (a b), becomes one operation: two passes over the weights fewer. Rows taken
     from a table for products alone are no longer copied.
@@ -155,14 +156,14 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
     nodes = [node for node in module.graph.nodes if node.target in products and not node.kwargs]
     if not nodes or not all(leaf.device.type == "cpu" for leaf in inputs):
         return module
-    constants = FakeTensorMode(allow_non_fake_inputs=True)  # a traced program holds some as they are
-    FakeTensorProp(module, constants).propagate(*inputs)
+    reduce_to_forms(module)
     nodes = [node for node in nodes if _large(node)]
     if not nodes:
         return module
     try:
         _kernel()
-        _lowered()
+        if lowered:
+            _lowered()
     except Exception as error:  # of a compiler, or of a torch whose insides differ
         log.warning("building vfl's matrix products failed, so torch's are used (%s)", first_line(error))
         return module
@@ -171,7 +172,7 @@ def faster_products(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
         a, b = _value(left), _value(right)
         # Remembered, so that a program is the same in each process: its results, and its place in the compiler's cache.
         shapes = " ".join(f"{[*t.shape]} by {[*t.stride()]}" for t in (a, b))
-        where = f"{shapes} on {choices.machine(a.device)}"
+        where = f"{shapes} on {choices.machine(torch.device('cpu'))}"
         if choices.fastest(KIND, where, ("torch", "vfl"), functools.partial(_measure, a, b)) == "vfl":
             _replace(node, left, right, bias)
     module.graph.eliminate_dead_code()
@@ -268,7 +269,7 @@ def _measure(a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    clock, times = choices.clock(a.device), []
+    clock, times = choices.clock(torch.device("cpu")), []
     for _ in range(TRIES):
         started = clock()
         product(a, b)

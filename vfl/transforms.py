@@ -23,6 +23,7 @@ from torch._functorch.vmap import (
     lazy_load_decompositions,  # pyright: ignore[reportPrivateImportUsage]
     vmap_increment_nesting,
 )
+from torch.autograd.graph import _engine_run_backward
 
 from vfl.base import Tree, tree_map
 
@@ -63,4 +64,6 @@ def _gradients(values: Tensor, leaves: list[Tensor], weight: Tensor, again: bool
     if not values.requires_grad:  # they do not depend on the inputs
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     weight = weight.to(values.dtype)
-    return torch.autograd.grad(values, leaves, weight, create_graph=again, materialize_grads=True)
+    # As `torch.autograd.grad`, whose checks load a library for symbolic shapes: a third of a second.
+    found = _engine_run_backward((values,), (weight,), again, again, tuple(leaves), True, accumulate_grad=False)
+    return tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True))

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Hashable
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 from vfl.choices import Choice, kept, program_folder, recall, remember
-from vfl.chunks import WORTH, ChunkSize
+from vfl.chunks import HEAVY, WORTH, ChunkSize
 
 log = logging.getLogger("vfl")
 
-Execution = Literal["auto", "vmap", "compile", "loop"]
-Mode = Literal["vmap", "compile", "loop"]
+Execution = Literal["auto", "vmap", "trace", "compile", "loop"]
+Mode = Literal["vmap", "trace", "compile", "loop"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-TRIES = 3  # chunks in which another way is timed, after one that warms it up
-SEEN = 4  # a shape must come back so often before a program for it is worth its compilation
+TRIES = 3  # chunks in which another way is timed, after one that warms it up,
+ENOUGH = 0.2  # or as many, at least one, as take so many seconds with it
+SEEN = 4  # a shape must come back so often before a program for it is worth making
 PATIENCE = 200  # chunks after which a program that has not paid by then is given up, and timing ends
-SPEEDUP = 2.0  # what compiling is expected to bring, until it is measured
-COMPILE_SECONDS = (4.0, 0.025)  # and to cost: at least, and for each operator of the program
-AGAIN = 0.3  # of that, what a program costs that an earlier process has made, from the compiler's cache on disk
-MOST_OPERATORS = 2_000  # of a program that is compiled without being asked for: a minute, on one core
+AGAIN = 0.3  # of its cost, what a compiled program takes that lies on disk since an earlier process
+
+
+class Kind(NamedTuple):
+    """What a kind of program is expected to bring and to cost, until that is measured."""
+
+    speedup: float  # over the best other way
+    start: float  # seconds for any program,
+    each: float  # and for each of its operators
+    most: int  # operators of a program that is made without being asked for
+    margin: float  # how many times its cost it must be expected to save
+
+
+PROGRAMS: dict[Mode, Kind] = {
+    "trace": Kind(1.3, 0.02, 0.0002, 50_000, 1),
+    "compile": Kind(1.5, 4.0, 0.025, 2_000, 2),  # a minute, on one core
+}
 
 
 class Way(NamedTuple):
@@ -37,12 +52,11 @@ class Way(NamedTuple):
 
 
 class Tuner:
-    """Starts with vmap, whose chunk size finds itself; then times the loop; then compiles, if the rest repays it.
+    """Starts with vmap, whose chunk size finds itself; then times the loop; then programs, if the rest repays them.
 
     Where torch has several `threads`, one alone is tried, too: what a small model shares out costs more than it gains.
-    A program is compiled for as many threads as the best way without one uses. Each shape of chunks takes a program of
-    its own, and only those shapes are compiled whose part of the steps to come repays it; the rest go without, in the
-    best way.
+    Programs are made for as many threads as the best way without one uses. Each shape of chunks takes a program of its
+    own, and only those shapes get one whose part of the steps to come repays it; the rest go without, in the best way.
 
     A way that is not measurably faster than the best so far is not taken. What is learnt concerns speed alone: the
     results are the same up to rounding. It is remembered under `name`, and the next run of this kind starts with it; so
@@ -55,19 +69,20 @@ class Tuner:
         self.eager = Way("loop" if wanted == "loop" else "vmap")  # the best way without a program
         self.steps_to_come = 0.0  # local steps until the end of the run
         self._trial: Way | None = None
-        self._times: list[float] = []
+        self._times: list[float] = []  # local steps a second in the chunks of a trial
+        self._spent = 0.0  # seconds on them
         self._rates: dict[Way, float] = {}  # local steps a second
-        self._compiled: list[float] = []  # seconds that each program took
+        self._compiled: list[float] = []  # seconds that each compiled program took
         self._operators: float | None = None  # of a local step
         self._seen: Counter[Hashable] = Counter()  # chunks of each shape
-        self._worth: set[Hashable] = set()  # the shapes whose programs are repaid
+        self._worth: set[tuple[Mode, Hashable]] = set()  # the shapes whose programs are repaid
         self._passed = 0  # chunks since the trial began that were computed in another way
         shared = [Way("loop", alone=True), Way("vmap", alone=True)] if threads > 1 else []
-        self._untried = [Way("loop"), *shared, Way("compile")] if wanted == "auto" else []
+        self._untried = [Way("loop"), *shared, *map(Way, PROGRAMS)] if wanted == "auto" else []
         # What an earlier run of this kind has measured:
         self._known = recall(name) if name is not None and wanted == "auto" else None
         self._kept = False  # whether the compiler's cache on disk still holds that run's programs
-        self._expected: float | None = None  # seconds for a program, by that run
+        self._expected: float | None = None  # seconds for a compiled program, by that run
         self._planned: float | None = None  # local steps of this run
 
     @property
@@ -91,73 +106,93 @@ class Tuner:
         """`way` without the threads."""
         return self.way().mode
 
+    def ways(self) -> list[Way]:
+        """How to run the next chunk: as the first of these whose program it is worth, the last of which needs none."""
+        now = self.way()
+        if now.mode not in PROGRAMS:
+            return [now]
+        least = WORTH * self._rates.get(self.eager, 0.0)
+        others = [w for w, rate in self._rates.items() if w.mode in PROGRAMS and w.mode != now.mode and rate > least]
+        return [now, *others, self.eager]
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a client's step takes so long that calls cost nothing beside it."""
+        return self._rates.get(self.eager, math.inf) * HEAVY < 1
+
     @property
     def counting(self) -> bool:
         """Whether the next chunk's operators are to be counted."""
-        return self._operators is None and self.wanted in ("auto", "compile")
+        return self._operators is None and self.wanted in ("auto", *PROGRAMS)
 
     def counted(self, operators: int, depth: int) -> None:
         """Learns how many operators a chunk took, of `depth` local steps one after the other."""
         self._operators = operators / depth
-        if self.wanted == "compile" and operators > MOST_OPERATORS:
-            log.warning("compiling %s operators may take %.0f minutes or more; execution vmap starts at once",
-                        f"{operators:,}", self._cost(depth) / 60)  # fmt: skip
+        if self.wanted == "compile" and operators > PROGRAMS["compile"].most:
+            log.warning("compiling %s operators may take %.0f minutes or more; execution trace starts in seconds",
+                        f"{operators:,}", self._cost("compile", depth) / 60)  # fmt: skip
 
-    @property
-    def most_operators(self) -> int | None:
+    def most_operators(self, mode: Mode) -> int | None:
         """How many a program may have; None: any number."""
-        return None if self.wanted == "compile" else MOST_OPERATORS
+        return None if self.wanted == mode else PROGRAMS[mode].most
 
     def met(self, signature: Hashable, chunks: int = 1) -> None:
         """Learns that so many chunks of this shape came."""
         self._seen[signature] += chunks
 
-    def wants(self, signature: Hashable, depth: int, share: float = 1.0) -> bool:
-        """Whether chunks of this shape, so many steps deep, which take this share of the steps, may be compiled.
+    def wants(self, mode: Mode, signature: Hashable, depth: int, share: float = 1.0) -> bool:
+        """Whether chunks of this shape, so many steps deep, which take this share of the steps, get such a program.
 
-        Always when asked to; else when the shape comes back, its program is not too large to compile within a minute,
-        and the steps to come repay it.
+        Always when asked to; else when the shape comes back, its program is not too large, and the steps to come repay
+        it.
         """
-        if self.wanted == "compile" or signature in self._worth:
+        if self.wanted == mode or (mode, signature) in self._worth:
             return True
-        if self._seen[signature] < SEEN or not self._small(depth) or not self._repaid(depth, share):
+        if self._seen[signature] < SEEN or not self._small(mode, depth) or not self._repaid(mode, depth, share):
             return False
-        self._worth.add(signature)
+        self._worth.add((mode, signature))
         return True
 
-    def _small(self, depth: int) -> bool:
-        return self._operators is not None and self._operators * depth <= MOST_OPERATORS
+    def _small(self, mode: Mode, depth: int) -> bool:
+        return self._operators is not None and self._operators * depth <= PROGRAMS[mode].most
 
-    def _cost(self, depth: int) -> float:
-        """Seconds that compiling so many steps is expected to take."""
-        if self._expected is not None:
+    def _cost(self, mode: Mode, depth: int) -> float:
+        """Seconds that a program of so many steps is expected to take."""
+        if mode == "compile" and self._expected is not None:
             return self._expected
-        base, each = COMPILE_SECONDS
-        return base + each * (self._operators or 0.0) * depth
+        return PROGRAMS[mode].start + PROGRAMS[mode].each * (self._operators or 0.0) * depth
 
-    def _repaid(self, depth: int, share: float) -> bool:
+    def _repaid(self, mode: Mode, depth: int, share: float) -> bool:
         """Whether this share of the steps to come gains more by a program than it is expected to cost."""
         if self.eager not in self._rates:
             return False
-        steps, eager = share * self.steps_to_come, self._rates[self.eager]
-        compiled = next((rate for way, rate in self._rates.items() if way.mode == "compile"), None)
-        if compiled is None:
-            steps += share * (self._known.steps if self._known else 0.0)  # such runs keep coming, and find the program
-            return steps / eager * (1 - 1 / SPEEDUP) > 2 * self._cost(depth)
-        return steps * (1 / eager - 1 / compiled) > self._cost(depth)
+        kind, steps = PROGRAMS[mode], share * self.steps_to_come
+        best = (
+            max(self._rates[self.eager], self._rate("trace") or 0.0) if mode == "compile" else self._rates[self.eager]
+        )
+        if (rate := self._rate(mode)) is not None:
+            return steps * (1 / best - 1 / rate) > self._cost(mode, depth)
+        if mode == "compile" and self._known:  # such runs keep coming, and find the program
+            steps += share * self._known.steps
+        return steps / best * (1 - 1 / kind.speedup) > kind.margin * self._cost(mode, depth)
 
-    def give_up(self, mode: Literal["vmap", "compile"]) -> None:
-        """Goes on without compiling, or, where vmap itself cannot run this, one client at a time."""
+    def _rate(self, mode: Mode) -> float | None:
+        return next((rate for way, rate in self._rates.items() if way.mode == mode), None)
+
+    def give_up(self, mode: Mode) -> None:
+        """Goes on without such programs, or, where vmap itself cannot run this, one client at a time."""
+        lost = MODES[MODES.index(mode) : -1]  # what comes before a program is what it needs; the loop is left
         if mode == "vmap":
             self.eager = Way("loop", self.way().alone)
         elif self._known:  # else each of many short runs would try what fails
             self._known, self._planned = self._known._replace(steps=0.0), 0.0
             self._note()
-        self.best = self.eager
+        left = {way: rate for way, rate in self._rates.items() if way.mode not in lost}
+        self.best = max(left, key=left.__getitem__, default=self.eager)
         self._trial, self._untried = None, []
 
     def compiled(self, seconds: float) -> None:
-        """Learns what making a program took."""
+        """Learns what compiling a program took."""
         self._compiled.append(seconds)
         self._note()
 
@@ -171,30 +206,30 @@ class Tuner:
                 self._conclude(signature, depth)
             return
         self._times.append(steps / seconds)
-        if len(self._times) <= TRIES:
+        self._spent += seconds
+        if len(self._times) == 1 or (len(self._times) <= TRIES and self._spent < ENOUGH):
             return
         self._rates[self.way()] = max(self._times[1:])
-        self._times = []  # the next timings may be another mode's
+        self._times, self._spent = [], 0.0  # the next timings may be another mode's
         self._conclude(signature, depth)
 
     def _conclude(self, signature: Hashable, depth: int) -> None:
         """After enough timings of the mode in force: keep the best, and try the next one that can pay."""
         if self._trial and self._rates.get(self._trial, 0.0) > WORTH * self._rates[self.best]:
             self.best = self._trial
-            self.eager = self.best if self.best.mode != "compile" else self.eager
+            self.eager = self.best if self.best.mode not in PROGRAMS else self.eager
         self._trial, self._passed = None, 0
-        if self._untried:
-            candidate = self._untried[0]
-            if candidate.mode == "compile":
-                candidate = Way("compile", self.best.alone)
-            back = self._seen[signature] >= SEEN and self._small(depth)
-            if candidate.mode != "compile" or (back and self._repaid(depth, share=1.0)):
-                self._trial, self._untried = candidate, self._untried[1:]
+        back = self._seen[signature] >= SEEN
+        for n, (mode, alone) in enumerate(self._untried):
+            program = mode in PROGRAMS
+            if not program or (back and self._small(mode, depth) and self._repaid(mode, depth, share=1.0)):
+                self._trial = Way(mode, self.best.alone if program else alone)
+                self._untried = self._untried[:n] + self._untried[n + 1 :]
                 return
-            if self._seen.total() < PATIENCE:
-                self._note()  # perhaps later, when the shape has come back often enough
-                return
-            self._untried = []
+        if self._untried and self._seen.total() < PATIENCE:
+            self._note()  # perhaps later, when the shape has come back often enough
+            return
+        self._untried = []
         shown = ", ".join(f"{m} {r:,.0f}" for m, r in self._rates.items())
         log.info("execution auto: %s (local steps a second: %s)", self.best, shown)
         self._note()
@@ -217,19 +252,19 @@ class Tuner:
         self.chunk.keep(known.chunk)
         ways = {str(way): way for way in (Way(mode, alone) for mode in MODES for alone in (False, True))}
         rates = {ways[name]: rate for name, rate in known.rates.items() if name in ways}
-        eager = {way: rate for way, rate in rates.items() if way.mode != "compile"}
+        eager = {way: rate for way, rate in rates.items() if way.mode not in PROGRAMS}
         if not eager:
             return
         self._rates = rates
         fastest = max(eager, key=lambda way: eager[way])
         self.eager = fastest if eager[fastest] > WORTH * eager.get(Way("vmap"), 0) else Way("vmap")
         self.best = self.eager
-        compiled = [way for way in rates if way.mode == "compile"]
-        self._untried = [] if compiled else [Way("compile")]
         self._kept = known.programs is not None and kept(known.programs)
         self._expected = known.compile_seconds
         if self._kept and known.compile_seconds is not None:
             self._expected = known.again_seconds or AGAIN * known.compile_seconds
-        if compiled and self._repaid(1, share=1.0):
-            self.best = compiled[0]
+        self._untried = [Way(mode) for mode in PROGRAMS if self._rate(mode) is None]
+        for way in sorted((way for way in rates if way.mode in PROGRAMS), key=lambda way: rates[way]):
+            if rates[way] > WORTH * rates[self.best] and self._repaid(way.mode, 1, share=1.0):
+                self.best = way
         log.info("execution auto: %s, by an earlier run's timings", self.best)

@@ -97,9 +97,9 @@ class RunOptions:
     recompute: Annotated[str | None, unset("none")] = None
     """Submodules of the model, separated by commas, that compute their activations again for the gradient: less memory
     a client, more time."""
-    execution: Literal["auto", "vmap", "compile", "loop"] = "auto"
-    """vmap: a chunk of clients at once; compile: the same, compiled; loop: one client after the other, for debugging
-    (breakpoints and prints work); auto: the fastest of them, found while the run goes on."""
+    execution: Literal["auto", "vmap", "trace", "compile", "loop"] = "auto"
+    """vmap: a chunk of clients at once; trace: its operators, recorded and replayed; compile: these compiled; loop: one
+    client after the other, for debugging (breakpoints and prints work); auto: the fastest of them, found meanwhile."""
     chunk: str = "auto"
     """Clients computed at once: a count, or auto (the fastest that fits into the memory)."""
     client_state: Literal["device", "host"] = "device"
