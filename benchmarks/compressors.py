@@ -2,6 +2,8 @@
 
 Which primitive that is, is seen rather than declared: of those that a compressor calls (a draw of random numbers, a
 selection, a decomposition), the one whose calls together are dearest, replayed on the same numbers; at least a copy.
+A compressor that is a kernel of its own runs by torch's operators while it is watched, so that what it cannot do
+without is seen and replayed by torch, however it is computed when its time is taken.
 A reduction or a subset says only what is to be written, so that a copy is counted on top of it.
 C vectors at once, D entries each.
 """

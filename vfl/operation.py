@@ -54,6 +54,18 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
+def watched(x: Tensor) -> bool:
+    """Whether operators on x are seen by anything else: a transform, a trace, a mode, or autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or get_proxy_mode() is not None
+        or (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def vmapped() -> bool:
     """Whether there is a client axis that this code does not see."""
     return any(i.key() == TransformType.Vmap for i in get_interpreter_stack() or ())

@@ -1,7 +1,7 @@
 """Compressors that send every entry in fewer bits. D entries, b bits of a float.
 
 A pass over a fresh tensor costs several times one over a tensor in the cache. So what a function has just made is
-changed in place.
+changed in place; and where a kernel of our own serves, which does the same in one or two passes, it is called.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
+from vfl.compressors import kernels
 from vfl.compressors.base import Code, Layout, Operator, projection, unbiased
 from vfl.errors import UsageError
 
@@ -32,12 +33,14 @@ def natural(*, layout: Layout) -> Operator:
     digits = _digits(layout.dtype)
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        u, code = _uniform(v, key), code._replace(header=0.0, value=float(layout.float_bits - digits))
+        if (value := kernels.natural(v, u)) is not None:
+            return value, code
         # A random number below the last place is added to the fraction, and the fraction cut off: what carries into
         # the exponent does so with exactly the fraction's value as probability, below the normal numbers too.
-        below = _uniform(v, key).mul_(2.0**digits).to(INTEGERS[v.dtype])
+        below = u.mul_(2.0**digits).to(INTEGERS[v.dtype])
         value = below.add_(v.view(below.dtype)).bitwise_and_(_without_fraction(v.dtype)).view(v.dtype)
-        value = value.add_(v, alpha=0)  # 0·v keeps NaN, whose fraction could carry into the sign
-        return value, code._replace(header=0.0, value=float(layout.float_bits - digits))
+        return value.add_(v, alpha=0), code  # 0·v keeps NaN, whose fraction could carry into the sign
 
     return unbiased(apply, 1 / 8)
 
@@ -57,6 +60,8 @@ def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) / s
+        if (value := kernels.standard_dithering(v, u, step, s)) is not None:
+            return value, _dithered(code, layout, s)
         raised = u.addcdiv_(v.to(u.dtype), torch.where(step > 0, step, 1))
         level = raised.floor_().clamp_(-s, s)  # a norm rounded down could leave |v|/step above s
         return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
@@ -86,6 +91,8 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
         u = _uniform(v, key)
         step = _norm(v, norm) * lowest
+        if (value := kernels.natural_dithering(v, u, step, s)) is not None:
+            return value, _dithered(code, layout, s)
         wide, integer, mask = v.to(u.dtype), INTEGERS[u.dtype], _without_fraction(u.dtype)
         away = u.copysign_(wide)  # from 0
         scaled = wide / torch.where(step > 0, step, 1)
@@ -104,11 +111,13 @@ def sign(*, layout: Layout) -> Operator:
     D = layout.entries
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        code = Code(float(layout.float_bits), float(D), 1.0, 0.0)
+        if (value := kernels.sign(v)) is not None:
+            return value, code
         integer = INTEGERS[v.dtype]
         mean = v.abs().sum(-1, keepdim=True).div_(D)
         # As `copysign` would, which takes longer: the bit of the sign from v, the others from the mean.
-        value = v.view(integer).bitwise_and(_SIGN[integer]).bitwise_or_(mean.view(integer)).view(v.dtype)
-        return value, Code(float(layout.float_bits), float(D), 1.0, 0.0)
+        return v.view(integer).bitwise_and(_SIGN[integer]).bitwise_or_(mean.view(integer)).view(v.dtype), code
 
     return projection(apply, 1 / D)
 
@@ -138,18 +147,7 @@ def check_quantize(bits: int, threshold: float) -> None:
 
 def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -> tuple[Tensor, Code]:
     """`quantize` of v [..., D] with a threshold, the round's own, that may be a tensor [...], and how it is written."""
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    parts = wide.split(layout.sizes, -1)
-    lows, highs = (
-        torch.cat([bound(part, -1, keepdim=True) for part in parts], -1) for bound in (torch.amin, torch.amax)
-    )
-    steps = (highs - lows) / (2**bits - 1)  # [..., layers]; an infinite one makes every value NaN
-    units = torch.where(steps > 0, steps, 1)
-    value = wide.clone()
-    each = (t.split(1, -1) for t in (lows, units, steps))
-    for part, low, unit, step in zip(value.split(layout.sizes, -1), *each, strict=True):
-        part.sub_(low).div_(unit).round_().mul_(step).add_(low)
-    value = value.to(v.dtype)
+    value = _to_nearest(v, 2**bits, layout.sizes)
 
     def layer(v: Tensor) -> Tensor:
         size = v.abs()
@@ -166,6 +164,24 @@ def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -
         return value, Code(header, float(layout.entries), float(bits), 0.0)
     kept = torch.cat([layer(part) for part in v.split(layout.sizes, -1)], -1)
     return value * kept, Code(header, kept.sum(-1), float(bits), float(layout.position_bits))
+
+
+def _to_nearest(v: Tensor, levels: int, sizes: list[int]) -> Tensor:
+    """Each layer's entries, of which there are so many, to the nearest of the even levels over their range."""
+    if (value := kernels.to_nearest(v, levels, sizes)) is not None:
+        return value
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    parts = wide.split(sizes, -1)
+    lows, highs = (
+        torch.cat([bound(part, -1, keepdim=True) for part in parts], -1) for bound in (torch.amin, torch.amax)
+    )
+    steps = (highs - lows) / (levels - 1)  # [..., layers]; an infinite one makes every value NaN
+    units = torch.where(steps > 0, steps, 1)
+    value = wide.clone()
+    each = (t.split(1, -1) for t in (lows, units, steps))
+    for part, low, unit, step in zip(value.split(sizes, -1), *each, strict=True):
+        part.sub_(low).div_(unit).round_().mul_(step).add_(low)
+    return value.to(v.dtype)
 
 
 def _digits(dtype: torch.dtype) -> int:

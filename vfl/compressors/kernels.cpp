@@ -1,0 +1,122 @@
+// Maps of float32 vectors, a row each, in one pass over the memory, or in two of which the second finds its row in the
+// cache.
+//
+// Letters: v and out [rows, D]; u [rows, D] random numbers, which become the result. Every entry is computed as by the
+// operators of quantize.py and sparse.py, with a rounding after each: so no product is fused with a sum.
+
+#pragma GCC optimize("fp-contract=off", "no-trapping-math")  // before the headers, whose functions are part of the loops
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr uint32_t SIGN = 0x80000000, EXPONENT = 0x7F800000;
+constexpr int64_t PART = 1024;
+
+inline uint32_t as_bits(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+inline float as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+inline float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }  // NaN stays NaN
+
+}  // namespace
+
+extern "C" void sign(const float* v, float* out, int64_t rows, int64_t D, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float* y = out + r * D;
+    double sum = 0;  // of float32's sums of PART entries, which take half the time of float64's
+    for (int64_t from = 0; from < D; from += PART) {
+      int64_t to = std::min(from + PART, D);
+      float part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t i = from; i < to; i++) part += std::fabs(x[i]);
+      sum += part;
+    }
+    uint32_t mean = as_bits(float(sum) / float(D));
+    for (int64_t i = 0; i < D; i++) y[i] = as_float((as_bits(x[i]) & SIGN) | mean);
+  }
+}
+
+// sizes [layers]: the entries of each, at least 1; `most`: 2^bits - 1.
+extern "C" void quantize(const float* v, const int64_t* sizes, float* out, int64_t rows, int64_t D, int64_t layers,
+                         int64_t most, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float* y = out + r * D;
+    for (int64_t l = 0; l < layers; x += sizes[l], y += sizes[l], l++) {
+      float low = x[0], high = x[0];
+      int32_t unknown = 0;  // minima and maxima pass over NaN
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : unknown)
+      for (int64_t i = 0; i < sizes[l]; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        unknown |= x[i] != x[i];
+      }
+      if (unknown) low = std::numeric_limits<float>::quiet_NaN();
+      float step = (high - low) / float(most), unit = step > 0 ? step : 1;
+      for (int64_t i = 0; i < sizes[l]; i++) {
+        float level = std::nearbyint((x[i] - low) / unit) * step;
+        y[i] = level + low;
+      }
+    }
+  }
+}
+
+// steps [rows]: from one level to the next, of s levels.
+extern "C" void standard_dithering(const float* v, const float* steps, float* u, int64_t rows, int64_t D, int64_t s,
+                                   int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float *y = u + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(s);
+    for (int64_t i = 0; i < D; i++) {
+      float scaled = x[i] / unit;
+      y[i] = within(std::floor(y[i] + scaled), most) * step;
+    }
+  }
+}
+
+// steps [rows]: the lowest level, of s.
+extern "C" void natural_dithering(const float* v, const float* steps, float* u, int64_t rows, int64_t D, int64_t s,
+                                  int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float *y = u + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(int64_t(1) << (s - 1));
+    for (int64_t i = 0; i < D; i++) {
+      float away = as_float((as_bits(x[i]) & SIGN) | as_bits(y[i])), scaled = x[i] / unit;
+      float gap = as_float(as_bits(scaled) & EXPONENT);
+      float raised = away * (gap < 1 ? 1 : gap);
+      raised = raised + scaled;
+      y[i] = within(std::nearbyint(as_float(as_bits(raised) & (SIGN | EXPONENT))), most) * step;
+    }
+  }
+}
+
+extern "C" void natural(const float* v, float* u, int64_t rows, int64_t D, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float* y = u + r * D;
+    for (int64_t i = 0; i < D; i++) {
+      uint32_t below = int32_t(y[i] * 0x1p23f);
+      float value = as_float((as_bits(x[i]) + below) & (SIGN | EXPONENT)), nothing = x[i] * 0.0f;
+      y[i] = value + nothing;
+    }
+  }
+}

@@ -1,0 +1,107 @@
+"""Compressors' arithmetic as machine code of our own (kernels.cpp): torch's operators pass over memory once each.
+
+Every function gives what those operators give, entry by entry, but for the rounding of a sum, where there is one; or
+None where they have to serve. v is [..., D].
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vfl.errors import first_line
+from vfl.native import built
+from vfl.operation import watched
+
+log = logging.getLogger("vfl")
+
+LEAST = 2**12
+"""Entries of a vector; for smaller ones a run saves less than the second that building takes."""
+
+SIGNATURES = {
+    "sign": ("const float*", "float*", *["int64_t"] * 3),
+    "quantize": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
+    "standard_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
+    "natural_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
+    "natural": ("const float*", "float*", *["int64_t"] * 3),
+}
+
+
+def sign(v: Tensor) -> Tensor | None:
+    """‖v‖₁/D · sign(v)."""
+    if (kernel := _kernel("sign", v)) is None:
+        return None
+    v = v.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, value, *_rows(v))
+    return value
+
+
+def to_nearest(v: Tensor, levels: int, sizes: Sequence[int]) -> Tensor | None:
+    """Each layer's entries, of which there are so many, to the nearest of the even levels over their range."""
+    if (kernel := _kernel("quantize", v)) is None:
+        return None
+    v = v.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, torch.tensor(sizes), value, *_rows(v), len(sizes), levels - 1)
+    return value
+
+
+def standard_dithering(v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
+    """v rounded to s multiples of step [..., 1] by the random numbers u [..., D], whose place it takes."""
+    return _dithering("standard_dithering", v, u, step, s)
+
+
+def natural_dithering(v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
+    """v rounded to s multiples of step [..., 1], each twice the one below, by u [..., D], whose place it takes."""
+    return _dithering("natural_dithering", v, u, step, s)
+
+
+def natural(v: Tensor, u: Tensor) -> Tensor | None:
+    """v rounded to powers of two by u [..., D], whose place it takes."""
+    if (kernel := _kernel("natural", v)) is None:
+        return None
+    _run(kernel, v.contiguous(), u, *_rows(v))
+    return u
+
+
+def _dithering(name: str, v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
+    if (kernel := _kernel(name, v)) is None:
+        return None
+    _run(kernel, v.contiguous(), step.contiguous(), u, *_rows(v), s)
+    return u
+
+
+def _rows(v: Tensor) -> tuple[int, int]:
+    D = v.shape[-1]
+    return v.numel() // D, D
+
+
+def _run(kernel: Callable[..., None], *given: Tensor | int) -> None:
+    kernel(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), torch.get_num_threads())
+
+
+def _kernel(name: str, v: Tensor) -> Callable[..., None] | None:
+    """This kernel, if v is large, in float32, on a CPU, and nobody watches torch's operators."""
+    plain = v.dtype == torch.float32 and v.device.type == "cpu" and v.shape[-1] >= LEAST
+    return _built(name) if plain and not watched(v) else None
+
+
+@functools.cache
+def _built(name: str) -> Callable[..., None] | None:
+    """A function of kernels.cpp as machine code; None: it cannot be built here."""
+    try:
+        return built(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])
+    except Exception as error:  # of a compiler, or of what loads its code
+        _warn(first_line(error))
+        return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    log.warning("building vfl's compressors failed, so torch's operators serve (%s)", reason)
