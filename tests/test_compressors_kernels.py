@@ -16,6 +16,11 @@ from vfl.compressors import compressor, kernels
 SHAPES = ((70, 50), (17,), (), (0, 3), (3, 300))
 D = 4418
 EXACT = [
+    "bernoulli:0.3",
+    "bernoulli:1",
+    "bernoulli:1e-300",
+    "rand_k:1",
+    "rand_k:1%",
     "quantize:1",
     "quantize:8",
     "quantize:16",
@@ -29,7 +34,7 @@ EXACT = [
     "natural_dithering:16",
     "natural_dithering:32,norm=inf",
 ]
-EVERY = [*EXACT, "sign", "compose(natural,sign)", "switch(sign:0.5,qsgd:3:0.5)"]
+EVERY = [*EXACT, "sign", "compose(bernoulli:0.5,natural,sign)", "switch(sign:0.5,qsgd:3:0.5)"]
 UNIT = 2.0**-24
 """u, the relative error of one rounding to float32."""
 
@@ -118,6 +123,15 @@ def test_signs_are_the_operators_and_their_mean_is_that_of_exact_sums(runs, thre
         assert (error <= (1024 + 1) * UNIT * exact + 2.0**-150)[finite].all()
         assert same(value[~finite].abs(), wanted[~finite].abs()) and not value[~finite].isfinite().any()
     assert runs == [len(V)] * 2
+
+
+def test_coins_are_the_first_random_bits_of_their_keys(runs):
+    keys = random.split(random.key(8), 200)
+    value, bits = vmap(compressor("bernoulli:0.25", SHAPES).compress, (None, 0))(V[0], keys)
+    coins = random.bits(keys, 1).squeeze(-1) < -(2**62)  # a quarter of the 64-bit integers
+    assert torch.equal(value, coins[:, None] * V[0] * 4)
+    assert torch.equal(bits, torch.where(coins, 32.0 * D, 1.0).double())
+    assert runs == [200]
 
 
 @pytest.mark.parametrize("spec", EVERY)

@@ -23,7 +23,7 @@ from torch._C._functorch import (
     peek_interpreter_stack,
     unwrap_if_dead,
 )
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter, temporarily_pop_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.func import vjp, vmap
@@ -173,7 +173,7 @@ def _call(call: _Forward | _Backward, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _innermost() -> Any | None:
     """The transform that sees an operator first."""
-    return None if peek_interpreter_stack() is None else retrieve_current_functorch_interpreter()
+    return peek_interpreter_stack()
 
 
 def _without_vmap(
@@ -182,7 +182,7 @@ def _without_vmap(
     """What `then(whether there is a client axis, *inputs with it in front)` gives outside of this `vmap`."""
     level = transform.level()
     pairs = [_unwrap_batched(t, level) for t in inputs]
-    with transform.lower():
+    with temporarily_pop_interpreter_stack():
         size = next((t.shape[dim] for t, dim in pairs if dim is not None), None)
         if size is None:
             return then(False, *inputs)

@@ -52,7 +52,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
 
 
 def bits(key: Tensor, n: int) -> Tensor:
-    """n random 64-bit integers a key: int64 [..., n]; the same on every device."""
+    """n random 64-bit integers a key: int64 [..., n]; the same on every device, and in vfl/compressors/kernels.cpp."""
     return _mix(key[..., None] + _GOLDEN * torch.arange(1, n + 1, device=key.device))
 
 
@@ -181,7 +181,7 @@ def _subset(key: Tensor, n: int, k: int) -> Tensor:
 
 @torch.library.custom_op("vfl::positions", mutates_args=(), device_types="cpu")
 def _positions(key: Tensor, n: int, k: int) -> Tensor:
-    out, row = np.empty((key.numel(), k), np.int64), np.zeros(n, bool)
+    out, row = np.empty((key.numel(), k), np.int64), np.empty(n, bool)
     for places, draw in zip(out, _streams(key), strict=True):
         if SPARSE * k <= n:
             places[:] = _drawn(draw, n, k)

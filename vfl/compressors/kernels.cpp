@@ -29,6 +29,19 @@ inline float as_float(uint32_t x) {
   return y;
 }
 
+inline float number(int64_t bits) {  // of a float64
+  double y;
+  std::memcpy(&y, &bits, sizeof y);
+  return float(y);
+}
+
+inline int64_t first_number(int64_t key) {  // of vfl.random.bits
+  uint64_t z = uint64_t(key) + 0x9E3779B97F4A7C15;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+  return int64_t(z ^ (z >> 31));
+}
+
 inline float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }  // NaN stays NaN
 
 }  // namespace
@@ -118,5 +131,31 @@ extern "C" void natural(const float* v, float* u, int64_t rows, int64_t D, int64
       float value = as_float((as_bits(x[i]) + below) & (SIGN | EXPONENT)), nothing = x[i] * 0.0f;
       y[i] = value + nothing;
     }
+  }
+}
+
+// Vectors whose keys [rows] draw at most `most` are sent [rows], times the factor; the others are zero times themselves.
+extern "C" void bernoulli(const float* v, const int64_t* keys, float* out, double* sent, int64_t rows, int64_t D,
+                          int64_t most, int64_t factor, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float* y = out + r * D;
+    sent[r] = first_number(keys[r]) <= most;
+    float times = float(sent[r]) * number(factor);
+    for (int64_t i = 0; i < D; i++) y[i] = x[i] * times;
+  }
+}
+
+// The entries at [rows, k] times the factor; the others are zero times themselves.
+extern "C" void chosen(const float* v, const int64_t* at, float* out, int64_t rows, int64_t D, int64_t k, int64_t factor,
+                       int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    const int64_t* places = at + r * k;
+    float *y = out + r * D, times = number(factor);
+    for (int64_t i = 0; i < D; i++) y[i] = x[i] * 0;
+    for (int64_t j = 0; j < k; j++) y[places[j]] = x[places[j]] * times;
   }
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ SIGNATURES = {
     "standard_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
     "natural_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
     "natural": ("const float*", "float*", *["int64_t"] * 3),
+    "bernoulli": ("const float*", "const int64_t*", "float*", "double*", *["int64_t"] * 5),
+    "chosen": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
 }
 
 
@@ -70,6 +73,26 @@ def natural(v: Tensor, u: Tensor) -> Tensor | None:
     return u
 
 
+def bernoulli(v: Tensor, key: Tensor, most: int, factor: float) -> tuple[Tensor, Tensor] | None:
+    """factor · v where the key's first `vfl.random.bits` are at most so large, else 0 · v; and which are sent [...]."""
+    if (kernel := _kernel("bernoulli", v)) is None:
+        return None
+    v, key = v.contiguous(), key.contiguous()
+    value, sent = torch.empty_like(v), torch.empty_like(key, dtype=torch.float64)
+    _run(kernel, v, key, value, sent, *_rows(v), most, _bits(factor))
+    return value, sent
+
+
+def chosen(v: Tensor, at: Tensor, factor: float) -> Tensor | None:
+    """factor · v at the positions [..., k], 0 · v elsewhere."""
+    if (kernel := _kernel("chosen", v)) is None:
+        return None
+    v, at = v.contiguous(), at.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, at, value, *_rows(v), at.shape[-1], _bits(factor))
+    return value
+
+
 def _dithering(name: str, v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
     if (kernel := _kernel(name, v)) is None:
         return None
@@ -80,6 +103,11 @@ def _dithering(name: str, v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor 
 def _rows(v: Tensor) -> tuple[int, int]:
     D = v.shape[-1]
     return v.numel() // D, D
+
+
+def _bits(x: float) -> int:
+    """A float64 as the whole number that kernels take."""
+    return struct.unpack("q", struct.pack("d", x))[0]
 
 
 def _run(kernel: Callable[..., None], *given: Tensor | int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vfl import random
+from vfl.compressors import kernels
 from vfl.compressors.base import Code, Layout, Operator, least, projection, unbiased
 from vfl.errors import UsageError
 
@@ -23,6 +24,9 @@ def bernoulli(p: float, *, layout: Layout) -> Operator:
     most = max(round(p * 2**64), 1) - 2**63 - 1  # of 64-bit integers, a share p is no larger
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
+        if (found := kernels.bernoulli(v, key, most, 1 / p)) is not None:
+            value, one = found
+            return value, code._replace(header=code.header * one, entries=code.entries * one)
         sent = random.bits(key, 1) <= most  # [..., 1]; one coin costs less by the hash than by a stream
         one = sent.squeeze(-1).to(torch.float64)
         # Zero times infinity is NaN: a vector that is not finite shows even when it is not sent.
@@ -40,7 +44,8 @@ def rand_k(k: str, *, layout: Layout) -> Operator:
         # Multiplied, not selected: an entry that is not finite leaves NaN behind even where it is not chosen.
         if random.SPARSE * count <= D:
             at = random.positions(key, D, count)
-            value = (v * 0).scatter_(-1, at, v.gather(-1, at) * (D / count))
+            if (value := kernels.chosen(v, at, D / count)) is None:
+                value = (v * 0).scatter_(-1, at, v.gather(-1, at) * (D / count))
         else:
             # As bytes, since torch converts bools to floats several times more slowly.
             kept = random.subset(key, D, count).view(torch.uint8).to(v.dtype)

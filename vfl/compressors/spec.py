@@ -57,16 +57,16 @@ def compressor(spec: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype = 
         raise UsageError(f"a compressor takes vectors of {', '.join(map(str, INTEGERS))}, not of {dtype}")
     if not layout.shapes:
         raise UsageError("a compressor takes vectors of at least one entry")
-    operator = _operator(spec.strip(), layout)
+    operator, uncompressed, wanted = _operator(spec.strip(), layout), plain(layout), torch.Size([layout.entries])
 
     def all_at_once(v: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        value, code = operator.apply(v, key, plain(layout))
+        value, code = operator.apply(v, key, uncompressed)
         return value, code.bits(v.device).expand(v.shape[:-1])
 
     def compress(v: Tensor, key: Tensor) -> Compressed:
-        if v.shape != (layout.entries,) or v.dtype != dtype:
-            wanted, got = f"[{layout.entries}] {dtype}", f"{list(v.shape)} {v.dtype}"
-            raise UsageError(f"compressor {spec} is made for vectors {wanted}, not {got}")
+        if v.shape != wanted or v.dtype != dtype:
+            got = f"{list(v.shape)} {v.dtype}"
+            raise UsageError(f"compressor {spec} is made for vectors {list(wanted)} {dtype}, not {got}")
         return Compressed(*at_once(all_at_once, v, key))
 
     return Compressor(spec.strip(), compress, operator.omega, operator.alpha)
