@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfl import random
 from vfl.compressors import compressor, kernels
+from vfl.compressors.base import Layout
+from vfl.compressors.quantize import quantized
 
 SHAPES = ((70, 50), (17,), (), (0, 3), (3, 300))
-D = 4418
+SIZES = [3500, 17, 1, 900]  # of those with entries
+D = sum(SIZES)
 EXACT = [
     "bernoulli:0.3",
     "bernoulli:1",
@@ -25,6 +29,7 @@ EXACT = [
     "quantize:8",
     "quantize:16",
     "quantize:4,threshold=0.3",
+    "quantize:2,threshold=0.999",
     "natural",
     "qsgd:4",
     "qsgd:65535",
@@ -123,6 +128,23 @@ def test_signs_are_the_operators_and_their_mean_is_that_of_exact_sums(runs, thre
         assert (error <= (1024 + 1) * UNIT * exact + 2.0**-150)[finite].all()
         assert same(value[~finite].abs(), wanted[~finite].abs()) and not value[~finite].isfinite().any()
     assert runs == [len(V)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_threshold_of_each_vectors_own_keeps_what_the_operators_keep(dtype, runs, monkeypatch):
+    thresholds = torch.linspace(0, 0.999, len(V), dtype=torch.float64)
+    ties = V.round(decimals=1)
+    for v in (V.to(dtype), ties.to(dtype)):
+        found = quantized(v, 3, thresholds, Layout(tuple((size,) for size in SIZES), dtype))
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "LEAST", 10**9)
+            wanted = quantized(v, 3, thresholds, Layout(tuple((size,) for size in SIZES), dtype))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        for row, T, kept in zip(v.numpy(), thresholds.tolist(), found[1].entries.tolist(), strict=True):
+            if np.isfinite(row).all():
+                layers = np.split(np.abs(row), np.cumsum(SIZES)[:-1])
+                assert kept == sum((layer >= np.quantile(layer, T, method="higher")).sum() for layer in layers)
+    assert runs == ([len(V)] * 2 if dtype == torch.float32 else [])
 
 
 def test_coins_are_the_first_random_bits_of_their_keys(runs):

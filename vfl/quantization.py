@@ -18,6 +18,7 @@ from vfl.compressors.base import Layout
 from vfl.compressors.quantize import check_quantize, quantized
 from vfl.errors import UsageError
 from vfl.local import Batches, float_bits
+from vfl.operation import at_once
 from vfl.task import Task
 from vfl.wrappers import Context
 
@@ -90,15 +91,18 @@ class Quantization:
             sent: SentWithThreshold, client: Tree, batches: Batches, key: Tensor
         ) -> tuple[Message, Tree, Metrics]:
             message, client, metrics = algorithm.client_update(sent.content, client, batches, key)
-            threshold = sent.threshold if self.quant_threshold else 0.0
             sizes: list[Tensor] = []
+
+            def all_at_once(leaf: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+                value, code = quantized(leaf, bits, threshold if self.quant_threshold else 0.0, layout)
+                return value, code.bits(leaf.device).expand(leaf.shape[:-1])
 
             def compressed(leaf: Tensor) -> Tensor:
                 if leaf.shape != task.x.shape:
                     sizes.append(float_bits(leaf))
                     return leaf
-                value, code = quantized(leaf, bits, threshold, layout)
-                sizes.append(code.bits(leaf.device))
+                value, size = at_once(all_at_once, leaf, sent.threshold)
+                sizes.append(size)
                 return value
 
             payload = tree_map(compressed, message.payload)

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 namespace {
 
@@ -64,28 +65,44 @@ extern "C" void sign(const float* v, float* out, int64_t rows, int64_t D, int64_
   }
 }
 
-// sizes [layers]: the entries of each, at least 1; `most`: 2^bits - 1.
-extern "C" void quantize(const float* v, const int64_t* sizes, float* out, int64_t rows, int64_t D, int64_t layers,
-                         int64_t most, int64_t threads) {
+// sizes [layers]: the entries of each, at least 1; `most`: 2^bits - 1. With thresholds [rows], the entries of a layer
+// whose size is under that quantile become 0; kept [rows]: how many do not.
+extern "C" void quantize(const float* v, const int64_t* sizes, const double* thresholds, float* out, int64_t* kept,
+                         int64_t rows, int64_t D, int64_t layers, int64_t most, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; r++) {
     const float* x = v + r * D;
     float* y = out + r * D;
+    std::vector<uint32_t> ordered;
     for (int64_t l = 0; l < layers; x += sizes[l], y += sizes[l], l++) {
+      int64_t n = sizes[l];
       float low = x[0], high = x[0];
       int32_t unknown = 0;  // minima and maxima pass over NaN
 #pragma omp simd reduction(min : low) reduction(max : high) reduction(| : unknown)
-      for (int64_t i = 0; i < sizes[l]; i++) {
+      for (int64_t i = 0; i < n; i++) {
         low = x[i] < low ? x[i] : low;
         high = x[i] > high ? x[i] : high;
         unknown |= x[i] != x[i];
       }
       if (unknown) low = std::numeric_limits<float>::quiet_NaN();
       float step = (high - low) / float(most), unit = step > 0 ? step : 1;
-      for (int64_t i = 0; i < sizes[l]; i++) {
+      for (int64_t i = 0; i < n; i++) {
         float level = std::nearbyint((x[i] - low) / unit) * step;
         y[i] = level + low;
       }
+      if (!thresholds) continue;
+      ordered.resize(n);  // without their signs, floats are ordered as their bits are, with NaN last
+      for (int64_t i = 0; i < n; i++) ordered[i] = as_bits(x[i]) & ~SIGN;
+      auto least = ordered.begin() + int64_t(std::ceil(thresholds[r] * double(n - 1)));
+      std::nth_element(ordered.begin(), least, ordered.end());
+      float smallest = as_float(*least);
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; i++) {
+        int32_t keep = std::fabs(x[i]) >= smallest;
+        y[i] *= keep;
+        count += keep;
+      }
+      kept[r] += count;
     }
   }
 }

@@ -26,7 +26,7 @@ LEAST = 2**12
 
 SIGNATURES = {
     "sign": ("const float*", "float*", *["int64_t"] * 3),
-    "quantize": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
+    "quantize": ("const float*", "const int64_t*", "const double*", "float*", "int64_t*", *["int64_t"] * 5),
     "standard_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
     "natural_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
     "natural": ("const float*", "float*", *["int64_t"] * 3),
@@ -45,14 +45,22 @@ def sign(v: Tensor) -> Tensor | None:
     return value
 
 
-def to_nearest(v: Tensor, levels: int, sizes: Sequence[int]) -> Tensor | None:
-    """Each layer's entries, of which there are so many, to the nearest of the even levels over their range."""
+def quantize(
+    v: Tensor, levels: int, sizes: Sequence[int], threshold: Tensor | float | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """Each layer's entries, of which there are so many, to the nearest of the even levels over their range.
+
+    With a threshold, those whose |v| is under this quantile of their layer become 0; the others are counted, [...].
+    """
     if (kernel := _kernel("quantize", v)) is None:
         return None
     v = v.contiguous()
-    value = torch.empty_like(v)
-    _run(kernel, v, torch.tensor(sizes), value, *_rows(v), len(sizes), levels - 1)
-    return value
+    value, each, kept = torch.empty_like(v), None, None
+    if threshold is not None:
+        each = torch.as_tensor(threshold, dtype=torch.float64).expand(v.shape[:-1]).contiguous()
+        kept = torch.zeros_like(each, dtype=torch.int64)
+    _run(kernel, v, torch.tensor(sizes), each, value, kept, *_rows(v), len(sizes), levels - 1)
+    return value, kept
 
 
 def standard_dithering(v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
@@ -110,8 +118,8 @@ def _bits(x: float) -> int:
     return struct.unpack("q", struct.pack("d", x))[0]
 
 
-def _run(kernel: Callable[..., None], *given: Tensor | int) -> None:
-    kernel(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), torch.get_num_threads())
+def _run(kernel: Callable[..., None], *given: Tensor | int | None) -> None:
+    kernel(*(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in given), torch.get_num_threads())
 
 
 def _kernel(name: str, v: Tensor) -> Callable[..., None] | None:

@@ -147,29 +147,19 @@ def check_quantize(bits: int, threshold: float) -> None:
 
 def quantized(v: Tensor, bits: int, threshold: Tensor | float, layout: Layout) -> tuple[Tensor, Code]:
     """`quantize` of v [..., D] with a threshold, the round's own, that may be a tensor [...], and how it is written."""
-    value = _to_nearest(v, 2**bits, layout.sizes)
-
-    def layer(v: Tensor) -> Tensor:
-        size = v.abs()
-        # The first value at or above the quantile's position, for layers of any length (torch.quantile stops at 2²⁴).
-        if isinstance(threshold, Tensor):
-            at = torch.ceil(threshold.to(torch.float64) * (v.shape[-1] - 1)).long()
-            least_kept = size.sort().values.gather(-1, at[..., None])
-        else:
-            least_kept = size.kthvalue(math.ceil(threshold * (v.shape[-1] - 1)) + 1, keepdim=True).values
-        return size >= least_kept
-
+    quantile = threshold if isinstance(threshold, Tensor) or threshold else None
+    found = kernels.quantize(v, 2**bits, layout.sizes, quantile) or _quantize(v, 2**bits, layout.sizes, quantile)
+    value, kept = found
     header = 2.0 * layout.float_bits * len(layout.shapes)
-    if not isinstance(threshold, Tensor) and not threshold:
+    if kept is None:
         return value, Code(header, float(layout.entries), float(bits), 0.0)
-    kept = torch.cat([layer(part) for part in v.split(layout.sizes, -1)], -1)
-    return value * kept, Code(header, kept.sum(-1), float(bits), float(layout.position_bits))
+    return value, Code(header, kept, float(bits), float(layout.position_bits))
 
 
-def _to_nearest(v: Tensor, levels: int, sizes: list[int]) -> Tensor:
-    """Each layer's entries, of which there are so many, to the nearest of the even levels over their range."""
-    if (value := kernels.to_nearest(v, levels, sizes)) is not None:
-        return value
+def _quantize(
+    v: Tensor, levels: int, sizes: list[int], threshold: Tensor | float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The values, with how many [...] were kept if there is a threshold."""
     wide = v.to(torch.promote_types(v.dtype, torch.float32))
     parts = wide.split(sizes, -1)
     lows, highs = (
@@ -181,7 +171,23 @@ def _to_nearest(v: Tensor, levels: int, sizes: list[int]) -> Tensor:
     each = (t.split(1, -1) for t in (lows, units, steps))
     for part, low, unit, step in zip(value.split(sizes, -1), *each, strict=True):
         part.sub_(low).div_(unit).round_().mul_(step).add_(low)
-    return value.to(v.dtype)
+    value = value.to(v.dtype)
+    if threshold is None:
+        return value, None
+    kept = torch.cat([_large(part, threshold) for part in v.split(sizes, -1)], -1)
+    return value * kept, kept.sum(-1)
+
+
+def _large(v: Tensor, threshold: Tensor | float) -> Tensor:
+    """Which entries of a layer are not under its quantile by size."""
+    size = v.abs()
+    # The first value at or above the quantile's position, for layers of any length (torch.quantile stops at 2²⁴).
+    if isinstance(threshold, Tensor):
+        at = torch.ceil(threshold.to(torch.float64) * (v.shape[-1] - 1)).long()
+        least_kept = size.sort().values.gather(-1, at[..., None])
+    else:
+        least_kept = size.kthvalue(math.ceil(threshold * (v.shape[-1] - 1)) + 1, keepdim=True).values
+    return size >= least_kept
 
 
 def _digits(dtype: torch.dtype) -> int:
