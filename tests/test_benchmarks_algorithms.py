@@ -14,7 +14,7 @@ import vfl
 from algorithms.fedavg import FedAvg
 from benchmarks import algorithms, compressors, measuring, report
 from benchmarks.counting import counted
-from vfl.compressors import kernels
+from vfl import native
 from vfl.errors import UsageError
 
 SMALL = algorithms.Setting(
@@ -226,7 +226,7 @@ def test_a_compressor_is_compared_with_the_dearest_primitive_it_calls(tmp_path, 
 )  # fmt: skip
 def test_what_must_be_known_before_writing_is_counted_with_the_copy(spec, found):
     keys = vfl.random.split(vfl.random.key(0), 3)
-    D = 2 * kernels.LEAST  # where many a compressor is one kernel, if nobody watches
+    D = 2 * native.LARGE  # where many a compressor is one kernel, if nobody watches
     v = vfl.random.normal(keys, (D,))
     with compressors.Calls() as calls:
         torch.func.vmap(vfl.compressor(spec, ((D,),), torch.float32).compress)(v, keys)

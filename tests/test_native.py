@@ -48,3 +48,25 @@ def test_what_a_compiler_says_is_kept_and_nothing_is_left(source: Path) -> None:
     with pytest.raises(RuntimeError, match=r"cannot compile source\.cpp: .*nothing"):
         native.built(source, "add", TYPES)
     assert not list((source.parent / "cache" / "native").iterdir())
+
+
+def test_an_included_file_is_a_part_of_the_source(source: Path) -> None:
+    header = source.with_name("size.h")
+    header.write_text("constexpr float SIZE = 2;\n")
+    source.write_text('#include "size.h"\n' + SOURCE.replace("a[i]", "SIZE * a[i]"))
+    a, b = torch.ones(2), torch.zeros(2)
+    native.built(source, "add", TYPES)(a.data_ptr(), 2, b.data_ptr())
+    header.write_text("constexpr float SIZE = 3;\n")
+    native.built(source, "add", TYPES)(a.data_ptr(), 2, b.data_ptr())
+    assert b.tolist() == [5, 5]
+
+
+def test_what_cannot_be_built_is_none_with_one_warning(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    native._warn.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.found(source, "add", TYPES) is None
+    assert native.found(source, "other", TYPES) is None
+    (record,) = caplog.records
+    assert "building vfl's C++ failed" in record.message and "no-such-compiler" in record.message

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from vfl import random
+from vfl import native, random
 
 KEY = random.key(0)
 HASHED = {"uniform": random._hashed_uniform, "normal": random._hashed_normal}  # the CUDA kernels, run on CPU tensors
@@ -146,6 +146,15 @@ def test_uniform_has_the_law_of_the_unit_interval(draw, dtype: torch.dtype) -> N
     is_mean(u, 1 / 2, math.sqrt(1 / 12))
     is_mean((u.double() - 0.5) ** 2, 1 / 12, math.sqrt(1 / 180))
     follows(u, lambda v: v)
+
+
+@pytest.mark.parametrize("n", [native.LARGE - 1, native.LARGE, 5003, 3 * native.LARGE])
+def test_large_draws_are_the_numbers_of_numpys_stream(n: int) -> None:
+    keys = random.split(random.key(12), 6).reshape(2, 3).T  # not side by side
+    drawn = random.uniform(keys, (n,))
+    assert drawn.shape == (3, 2, n)
+    for key, row in zip(keys.flatten(), drawn.flatten(0, 1), strict=True):
+        np.testing.assert_array_equal(row, random.generator(key).random(n, np.float32))
 
 
 @pytest.mark.parametrize(("draw", "dtype"), NORMALS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,9 +19,15 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from vfl import choices
+from vfl.errors import first_line
+
+log = logging.getLogger("vfl")
 
 NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 OPTIONS = ("-std=c++17", "-O3", NATIVE, "-fopenmp", "-fPIC", "-shared")
+
+LARGE = 2**12
+"""Numbers of a vector; for smaller ones a run saves less than the half second that building takes."""
 
 # Called with whole numbers, of which pointers are some: a call costs a tenth of one by ctypes.
 BINDING = """
@@ -42,12 +51,12 @@ PyMODINIT_FUNC PyInit_{name}() {{ return PyModule_Create(&module); }}
 def built(source: Path, name: str, types: Sequence[str]) -> Callable[..., None]:
     """The `extern "C"` function `void name(types)` of a C++ source, to be called with whole numbers and addresses.
 
-    $CXX, else c++, compiles it, with Python's headers; the machine code stays in the folder of `vfl.choices`. Raises
-    OSError and RuntimeError where that fails.
+    What it includes as "files" lies beside it, and becomes a part of it. $CXX, else c++, compiles it, with Python's
+    headers; the machine code stays in the folder of `vfl.choices`. Raises OSError and RuntimeError where that fails.
     """
     values = (f"({t})a[{i}]" if "*" not in t else f"reinterpret_cast<{t}>(a[{i}])" for i, t in enumerate(types))
     binding = BINDING.format(name=name, types=", ".join(types), count=len(types), values=", ".join(values))
-    text = source.read_text(encoding="utf-8") + binding
+    text = _whole(source) + binding
     include = sysconfig.get_path("include")
     command = [*shlex.split(os.environ.get("CXX", "c++")), *OPTIONS, f"-I{include}"]
     kind = repr((text, command, choices.processor(), sys.implementation.cache_tag))
@@ -67,3 +76,23 @@ def built(source: Path, name: str, types: Sequence[str]) -> Callable[..., None]:
     if spec is None:
         raise RuntimeError(f"{library} cannot be loaded")
     return getattr(module_from_spec(spec), name)
+
+
+def found(source: Path, name: str, types: Sequence[str]) -> Callable[..., None] | None:
+    """The same where something else serves, too; None: it cannot be built here, as one warning says for each reason."""
+    try:
+        return built(source, name, types)
+    except Exception as error:  # of a compiler, or of what loads its code
+        _warn(first_line(error))
+        return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    log.warning("building vfl's C++ failed, so some operations take longer (%s)", reason)
+
+
+def _whole(source: Path) -> str:
+    """A source with what it includes from its own folders."""
+    text = source.read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda m: (source.parent / m[1]).read_text(encoding="utf-8"), text, flags=re.M)

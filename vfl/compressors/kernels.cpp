@@ -1,10 +1,12 @@
 // Maps of float32 vectors, a row each, in one pass over the memory, or in two of which the second finds its row in the
 // cache.
 //
-// Letters: v and out [rows, D]; u [rows, D] random numbers, which become the result. Every entry is computed as by the
-// operators of quantize.py and sparse.py, with a rounding after each: so no product is fused with a sum.
+// Letters: v and out [rows, D], keys [rows] of random numbers u. Every entry is computed as by the operators of
+// quantize.py and sparse.py, with a rounding after each: so no product is fused with a sum.
 
 #pragma GCC optimize("fp-contract=off", "no-trapping-math")  // before the headers, whose functions are part of the loops
+
+#include "../philox.h"
 
 #include <algorithm>
 #include <cmath>
@@ -107,47 +109,58 @@ extern "C" void quantize(const float* v, const int64_t* sizes, const double* thr
   }
 }
 
-// steps [rows]: from one level to the next, of s levels.
-extern "C" void standard_dithering(const float* v, const float* steps, float* u, int64_t rows, int64_t D, int64_t s,
-                                   int64_t threads) {
+// The largest size in each row, as out [rows]; NaN where there is one, since its bits are larger than all others'.
+extern "C" void largest(const float* v, float* out, int64_t rows, int64_t D, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; r++) {
     const float* x = v + r * D;
-    float *y = u + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(s);
-    for (int64_t i = 0; i < D; i++) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < D; i++) most = std::max(most, as_bits(x[i]) & ~SIGN);
+    out[r] = as_float(most);
+  }
+}
+
+// steps [rows]: from one level to the next, of s levels.
+extern "C" void standard_dithering(const float* v, const int64_t* keys, const float* steps, float* out, int64_t rows,
+                                   int64_t D, int64_t s, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    float *y = out + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(s);
+    philox::uniform(keys[r], D, [=](int64_t i, float u) {
       float scaled = x[i] / unit;
-      y[i] = within(std::floor(y[i] + scaled), most) * step;
-    }
+      y[i] = within(std::floor(u + scaled), most) * step;
+    });
   }
 }
 
 // steps [rows]: the lowest level, of s.
-extern "C" void natural_dithering(const float* v, const float* steps, float* u, int64_t rows, int64_t D, int64_t s,
-                                  int64_t threads) {
+extern "C" void natural_dithering(const float* v, const int64_t* keys, const float* steps, float* out, int64_t rows,
+                                  int64_t D, int64_t s, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; r++) {
     const float* x = v + r * D;
-    float *y = u + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(int64_t(1) << (s - 1));
-    for (int64_t i = 0; i < D; i++) {
-      float away = as_float((as_bits(x[i]) & SIGN) | as_bits(y[i])), scaled = x[i] / unit;
+    float *y = out + r * D, step = steps[r], unit = step > 0 ? step : 1, most = float(int64_t(1) << (s - 1));
+    philox::uniform(keys[r], D, [=](int64_t i, float u) {
+      float away = as_float((as_bits(x[i]) & SIGN) | as_bits(u)), scaled = x[i] / unit;
       float gap = as_float(as_bits(scaled) & EXPONENT);
       float raised = away * (gap < 1 ? 1 : gap);
       raised = raised + scaled;
       y[i] = within(std::nearbyint(as_float(as_bits(raised) & (SIGN | EXPONENT))), most) * step;
-    }
+    });
   }
 }
 
-extern "C" void natural(const float* v, float* u, int64_t rows, int64_t D, int64_t threads) {
+extern "C" void natural(const float* v, const int64_t* keys, float* out, int64_t rows, int64_t D, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; r++) {
     const float* x = v + r * D;
-    float* y = u + r * D;
-    for (int64_t i = 0; i < D; i++) {
-      uint32_t below = int32_t(y[i] * 0x1p23f);
+    float* y = out + r * D;
+    philox::uniform(keys[r], D, [=](int64_t i, float u) {
+      uint32_t below = int32_t(u * 0x1p23f);
       float value = as_float((as_bits(x[i]) + below) & (SIGN | EXPONENT)), nothing = x[i] * 0.0f;
       y[i] = value + nothing;
-    }
+    });
   }
 }
 

@@ -1,13 +1,12 @@
 """Compressors' arithmetic as machine code of our own (kernels.cpp): torch's operators pass over memory once each.
 
 Every function gives what those operators give, entry by entry, but for the rounding of a sum, where there is one; or
-None where they have to serve. v is [..., D].
+None where they have to serve. v is [..., D], key [...].
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,21 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vfl.errors import first_line
-from vfl.native import built
+from vfl import native
 from vfl.operation import watched
-
-log = logging.getLogger("vfl")
-
-LEAST = 2**12
-"""Entries of a vector; for smaller ones a run saves less than the second that building takes."""
 
 SIGNATURES = {
     "sign": ("const float*", "float*", *["int64_t"] * 3),
     "quantize": ("const float*", "const int64_t*", "const double*", "float*", "int64_t*", *["int64_t"] * 5),
-    "standard_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
-    "natural_dithering": ("const float*", "const float*", "float*", *["int64_t"] * 4),
-    "natural": ("const float*", "float*", *["int64_t"] * 3),
+    "largest": ("const float*", "float*", *["int64_t"] * 3),
+    "standard_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
+    "natural_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
+    "natural": ("const float*", "const int64_t*", "float*", *["int64_t"] * 3),
     "bernoulli": ("const float*", "const int64_t*", "float*", "double*", *["int64_t"] * 5),
     "chosen": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
 }
@@ -63,22 +57,34 @@ def quantize(
     return value, kept
 
 
-def standard_dithering(v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
-    """v rounded to s multiples of step [..., 1] by the random numbers u [..., D], whose place it takes."""
-    return _dithering("standard_dithering", v, u, step, s)
+def largest(v: Tensor) -> Tensor | None:
+    """The ∞-norm [..., 1]."""
+    if (kernel := _kernel("largest", v)) is None:
+        return None
+    v = v.contiguous()
+    norm = v.new_empty((*v.shape[:-1], 1))
+    _run(kernel, v, norm, *_rows(v))
+    return norm
 
 
-def natural_dithering(v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
-    """v rounded to s multiples of step [..., 1], each twice the one below, by u [..., D], whose place it takes."""
-    return _dithering("natural_dithering", v, u, step, s)
+def standard_dithering(v: Tensor, key: Tensor, step: Tensor, s: int) -> Tensor | None:
+    """v rounded at random to s multiples of step [..., 1]."""
+    return _dithering("standard_dithering", v, key, step, s)
 
 
-def natural(v: Tensor, u: Tensor) -> Tensor | None:
-    """v rounded to powers of two by u [..., D], whose place it takes."""
+def natural_dithering(v: Tensor, key: Tensor, step: Tensor, s: int) -> Tensor | None:
+    """v rounded at random to s multiples of step [..., 1], each twice the one below."""
+    return _dithering("natural_dithering", v, key, step, s)
+
+
+def natural(v: Tensor, key: Tensor) -> Tensor | None:
+    """v rounded at random to powers of two."""
     if (kernel := _kernel("natural", v)) is None:
         return None
-    _run(kernel, v.contiguous(), u, *_rows(v))
-    return u
+    v = v.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, key.contiguous(), value, *_rows(v))
+    return value
 
 
 def bernoulli(v: Tensor, key: Tensor, most: int, factor: float) -> tuple[Tensor, Tensor] | None:
@@ -101,11 +107,13 @@ def chosen(v: Tensor, at: Tensor, factor: float) -> Tensor | None:
     return value
 
 
-def _dithering(name: str, v: Tensor, u: Tensor, step: Tensor, s: int) -> Tensor | None:
+def _dithering(name: str, v: Tensor, key: Tensor, step: Tensor, s: int) -> Tensor | None:
     if (kernel := _kernel(name, v)) is None:
         return None
-    _run(kernel, v.contiguous(), step.contiguous(), u, *_rows(v), s)
-    return u
+    v = v.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, key.contiguous(), step.contiguous(), value, *_rows(v), s)
+    return value
 
 
 def _rows(v: Tensor) -> tuple[int, int]:
@@ -124,20 +132,11 @@ def _run(kernel: Callable[..., None], *given: Tensor | int | None) -> None:
 
 def _kernel(name: str, v: Tensor) -> Callable[..., None] | None:
     """This kernel, if v is large, in float32, on a CPU, and nobody watches torch's operators."""
-    plain = v.dtype == torch.float32 and v.device.type == "cpu" and v.shape[-1] >= LEAST
+    plain = v.dtype == torch.float32 and v.device.type == "cpu" and v.shape[-1] >= native.LARGE
     return _built(name) if plain and not watched(v) else None
 
 
 @functools.cache
 def _built(name: str) -> Callable[..., None] | None:
     """A function of kernels.cpp as machine code; None: it cannot be built here."""
-    try:
-        return built(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])
-    except Exception as error:  # of a compiler, or of what loads its code
-        _warn(first_line(error))
-        return None
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    log.warning("building vfl's compressors failed, so torch's operators serve (%s)", reason)
+    return native.found(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])

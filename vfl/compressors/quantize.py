@@ -33,12 +33,12 @@ def natural(*, layout: Layout) -> Operator:
     digits = _digits(layout.dtype)
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        u, code = _uniform(v, key), code._replace(header=0.0, value=float(layout.float_bits - digits))
-        if (value := kernels.natural(v, u)) is not None:
+        code = code._replace(header=0.0, value=float(layout.float_bits - digits))
+        if (value := kernels.natural(v, key)) is not None:
             return value, code
         # A random number below the last place is added to the fraction, and the fraction cut off: what carries into
         # the exponent does so with exactly the fraction's value as probability, below the normal numbers too.
-        below = u.mul_(2.0**digits).to(INTEGERS[v.dtype])
+        below = _uniform(v, key).mul_(2.0**digits).to(INTEGERS[v.dtype])
         value = below.add_(v.view(below.dtype)).bitwise_and_(_without_fraction(v.dtype)).view(v.dtype)
         return value.add_(v, alpha=0), code  # 0·v keeps NaN, whose fraction could carry into the sign
 
@@ -58,10 +58,10 @@ def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator
         omega = (math.sqrt(D) - 1) / 2  # the largest ‖v‖₁‖v‖_∞/‖v‖₂² − 1, at one entry √D + 1 times the others
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        u = _uniform(v, key)
         step = _norm(v, norm) / s
-        if (value := kernels.standard_dithering(v, u, step, s)) is not None:
+        if (value := kernels.standard_dithering(v, key, step, s)) is not None:
             return value, _dithered(code, layout, s)
+        u = _uniform(v, key)
         raised = u.addcdiv_(v.to(u.dtype), torch.where(step > 0, step, 1))
         level = raised.floor_().clamp_(-s, s)  # a norm rounded down could leave |v|/step above s
         return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
@@ -89,10 +89,10 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
     excess = layout.entries ** (1 / min(norm, 2)) * lowest
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        u = _uniform(v, key)
         step = _norm(v, norm) * lowest
-        if (value := kernels.natural_dithering(v, u, step, s)) is not None:
+        if (value := kernels.natural_dithering(v, key, step, s)) is not None:
             return value, _dithered(code, layout, s)
+        u = _uniform(v, key)
         wide, integer, mask = v.to(u.dtype), INTEGERS[u.dtype], _without_fraction(u.dtype)
         away = u.copysign_(wide)  # from 0
         scaled = wide / torch.where(step > 0, step, 1)
@@ -209,7 +209,9 @@ def _norm(v: Tensor, p: float) -> Tensor:
     """The p-norm [..., 1] in at least float32, as the receiver gets it: a float of v's type."""
     wide = torch.promote_types(v.dtype, torch.float32)
     if p == math.inf:
-        return torch.maximum(v.amax(-1, keepdim=True), -v.amin(-1, keepdim=True)).to(wide)
+        if (norm := kernels.largest(v)) is not None:
+            return norm
+        return torch.maximum(v.amax(-1, keepdim=True), -v.amin(-1, keepdim=True)).abs().to(wide)  # abs: never -0
     n = torch.linalg.vector_norm(v, p, -1, keepdim=True, dtype=wide)
     if wide == v.dtype:
         return n
