@@ -25,6 +25,8 @@ EXACT = [
     "bernoulli:1e-300",
     "rand_k:1",
     "rand_k:1%",
+    "rand_k:20%",
+    "rand_k:99.9%",
     "quantize:1",
     "quantize:8",
     "quantize:16",
@@ -80,7 +82,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def nothing_built() -> Iterator[None]:
-    cached = (kernels._built, random._fill, native._warn)
+    cached = (kernels._built, random._built, native._warn)
     for function in cached:
         function.cache_clear()
     yield

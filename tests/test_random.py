@@ -157,6 +157,19 @@ def test_large_draws_are_the_numbers_of_numpys_stream(n: int) -> None:
         np.testing.assert_array_equal(row, random.generator(key).random(n, np.float32))
 
 
+@pytest.mark.parametrize("n", [native.LARGE, 4099, 5001, 8190])  # whose last words are whole or not
+def test_large_subsets_are_those_of_numpys_stream(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = random.split(random.key(13), 6)
+    for k in (n // 19, n // 3, n // 2, n - 1, n):
+        built = [draw(keys, n, k) for draw in (random.subset, random.positions)]
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "LARGE", 10**9)
+            by_numpy = [draw(keys, n, k) for draw in (random.subset, random.positions)]
+        for a, b in zip(built, by_numpy, strict=True):
+            assert torch.equal(a, b)
+        assert (built[0].sum(-1) == k).all()
+
+
 @pytest.mark.parametrize(("draw", "dtype"), NORMALS)
 def test_normal_has_the_law_of_the_standard_normal(draw, dtype: torch.dtype) -> None:
     z = draw(random.split(KEY, 100), (2000,), dtype)

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import pi, prod
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -135,17 +135,23 @@ def _mixed(n: int) -> int:
 
 # The draws of floats and subsets are opaque operators: vmap's own random operators are not keyed by client, and a
 # Philox row filled by numpy costs a tenth of the hash in eager tensor operations. Uniform float32, the most of what is
-# drawn, comes from random.cpp, the same numbers in less than half of numpy's time.
+# drawn, comes from random.cpp, the same numbers in less than half of numpy's time; so do subsets.
+
+SIGNATURES = {
+    "uniform": ("const int64_t*", "float*", "int64_t", "int64_t", "int64_t"),
+    "toss": ("int64_t", "int64_t", "uint8_t*", "int64_t"),
+    "flip": ("uint8_t*", "int64_t", "const int64_t*", "int64_t", "int64_t"),
+}
 
 
-def _streams(key: Tensor) -> Iterator[np.random.Generator]:
-    """The Philox stream of each key, one after the other."""
+def _streams(key: Tensor) -> Iterator[tuple[int, np.random.Generator]]:
+    """Each key with its Philox stream, one after the other."""
     philox = np.random.Philox(key=0)
     draw, state = np.random.Generator(philox), philox.state
     for k in key.reshape(-1).tolist():
         state["state"]["key"][0] = k % 2**64
         philox.state = state
-        yield draw
+        yield k, draw
 
 
 def _rows(
@@ -153,7 +159,7 @@ def _rows(
 ) -> Tensor:
     wide = dtype == torch.float64
     out = np.empty((key.numel(), prod(shape)), np.float64 if wide else np.float32)
-    for row, draw in zip(out, _streams(key), strict=True):
+    for row, (_, draw) in zip(out, _streams(key), strict=True):
         fill(draw)(out=row, dtype=out.dtype)
     return torch.from_numpy(out).reshape((*key.shape, *shape)).to(dtype)
 
@@ -161,7 +167,7 @@ def _rows(
 @torch.library.custom_op("vfl::uniform", mutates_args=(), device_types="cpu")
 def _uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     n = prod(shape)
-    if n < native.LARGE or dtype != torch.float32 or (fill := _fill()) is None:
+    if n < native.LARGE or dtype != torch.float32 or (fill := _built("uniform")) is None:
         return _rows(key, shape, dtype, lambda draw: draw.random)
     key, out = key.contiguous(), torch.empty((*key.shape, *shape))
     fill(key.data_ptr(), out.data_ptr(), key.numel(), n, torch.get_num_threads())
@@ -169,9 +175,9 @@ def _uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _fill() -> Callable[..., None] | None:
-    """random.cpp as machine code; None: it cannot be built here, and numpy serves."""
-    return native.found(Path(__file__).with_suffix(".cpp"), "uniform", ["const int64_t*", "float*", *["int64_t"] * 3])
+def _built(name: str) -> Callable[..., None] | None:
+    """A function of random.cpp as machine code; None: it cannot be built here, and numpy serves."""
+    return native.found(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])
 
 
 @torch.library.custom_op("vfl::normal", mutates_args=(), device_types="cpu")
@@ -186,22 +192,22 @@ SPARSE = 20
 @torch.library.custom_op("vfl::subset", mutates_args=(), device_types="cpu")
 def _subset(key: Tensor, n: int, k: int) -> Tensor:
     out = np.zeros((key.numel(), n), bool)
-    for row, draw in zip(out, _streams(key), strict=True):
+    for row, (each, draw) in zip(out, _streams(key), strict=True):
         if SPARSE * k <= n:
             row[_drawn(draw, n, k)] = True
         else:
-            _tossed(draw, k, row)
+            _tossed(each, draw, k, row)
     return torch.from_numpy(out).reshape((*key.shape, n))
 
 
 @torch.library.custom_op("vfl::positions", mutates_args=(), device_types="cpu")
 def _positions(key: Tensor, n: int, k: int) -> Tensor:
     out, row = np.empty((key.numel(), k), np.int64), np.empty(n, bool)
-    for places, draw in zip(out, _streams(key), strict=True):
+    for places, (each, draw) in zip(out, _streams(key), strict=True):
         if SPARSE * k <= n:
             places[:] = _drawn(draw, n, k)
         else:
-            _tossed(draw, k, row)
+            _tossed(each, draw, k, row)
             places[:] = np.flatnonzero(row)
     return torch.from_numpy(out).reshape((*key.shape, k))
 
@@ -210,14 +216,25 @@ def _drawn(draw: np.random.Generator, n: int, k: int) -> np.ndarray:
     return draw.choice(n, k, replace=False, shuffle=False)
 
 
-def _tossed(draw: np.random.Generator, k: int, row: np.ndarray) -> None:
+def _tossed(key: int, draw: np.random.Generator, k: int, row: np.ndarray) -> None:
     # Sixteen-bit coins choose about k; a uniform set of those in excess is taken back, of those missing added.
-    n = len(row)
-    words = draw.bit_generator.random_raw(-(-n // 4)).view(np.uint16)[:n]
-    np.less(words, round(2**16 * k / n), out=row)
-    excess = int(np.count_nonzero(row)) - k
-    candidates = np.flatnonzero(row if excess > 0 else ~row)
-    row[candidates[_drawn(draw, len(candidates), abs(excess))]] = excess < 0
+    n, philox = len(row), cast(np.random.Philox, draw.bit_generator)
+    words, below = -(-n // 4), round(2**16 * k / n)
+    toss, flip = (_built(name) if n >= native.LARGE else None for name in ("toss", "flip"))
+    if toss is not None:
+        toss(key, below, row.ctypes.data, n)
+        philox.advance(words // 4)  # in blocks of four, to where drawing the words would have brought it
+        philox.random_raw(words % 4, output=False)
+    else:
+        np.less(philox.random_raw(words).view(np.uint16)[:n], below, out=row)
+    chosen = int(np.count_nonzero(row))
+    excess = chosen - k
+    changed = _drawn(draw, chosen if excess > 0 else n - chosen, abs(excess))  # which of those that may change
+    if flip is not None:
+        changed.sort()
+        flip(row.ctypes.data, n, changed.ctypes.data, len(changed), excess > 0)
+    else:
+        row[np.flatnonzero(row if excess > 0 else ~row)[changed]] = excess < 0
 
 
 @_subset.register_kernel("cuda")

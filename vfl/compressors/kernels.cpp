@@ -189,3 +189,15 @@ extern "C" void chosen(const float* v, const int64_t* at, float* out, int64_t ro
     for (int64_t j = 0; j < k; j++) y[places[j]] = x[places[j]] * times;
   }
 }
+
+// The entries whose mask [rows, D] is 1 times the factor; the others are zero times themselves.
+extern "C" void masked(const float* v, const uint8_t* mask, float* out, int64_t rows, int64_t D, int64_t factor,
+                       int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = v + r * D;
+    const uint8_t* one = mask + r * D;
+    float *y = out + r * D, times = number(factor);
+    for (int64_t i = 0; i < D; i++) y[i] = one[i] * x[i] * times;
+  }
+}

@@ -26,6 +26,7 @@ SIGNATURES = {
     "natural": ("const float*", "const int64_t*", "float*", *["int64_t"] * 3),
     "bernoulli": ("const float*", "const int64_t*", "float*", "double*", *["int64_t"] * 5),
     "chosen": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
+    "masked": ("const float*", "const uint8_t*", "float*", *["int64_t"] * 4),
 }
 
 
@@ -104,6 +105,16 @@ def chosen(v: Tensor, at: Tensor, factor: float) -> Tensor | None:
     v, at = v.contiguous(), at.contiguous()
     value = torch.empty_like(v)
     _run(kernel, v, at, value, *_rows(v), at.shape[-1], _bits(factor))
+    return value
+
+
+def masked(v: Tensor, mask: Tensor, factor: float) -> Tensor | None:
+    """factor · v where the bool mask [..., D] says so, 0 · v elsewhere."""
+    if (kernel := _kernel("masked", v)) is None:
+        return None
+    v, mask = v.contiguous(), mask.contiguous()
+    value = torch.empty_like(v)
+    _run(kernel, v, mask, value, *_rows(v), _bits(factor))
     return value
 
 

@@ -47,9 +47,10 @@ def rand_k(k: str, *, layout: Layout) -> Operator:
             if (value := kernels.chosen(v, at, D / count)) is None:
                 value = (v * 0).scatter_(-1, at, v.gather(-1, at) * (D / count))
         else:
-            # As bytes, since torch converts bools to floats several times more slowly.
-            kept = random.subset(key, D, count).view(torch.uint8).to(v.dtype)
-            value = kept.mul_(v).mul_(D / count)
+            kept = random.subset(key, D, count)
+            if (value := kernels.masked(v, kept, D / count)) is None:
+                # As bytes, since torch converts bools to floats several times more slowly.
+                value = kept.view(torch.uint8).to(v.dtype).mul_(v).mul_(D / count)
         return value, code._replace(entries=least(code.entries, count))
 
     return unbiased(apply, D / count - 1)
