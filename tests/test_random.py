@@ -151,7 +151,11 @@ def test_uniform_has_the_law_of_the_unit_interval(draw, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("n", [native.LARGE - 1, native.LARGE, 5003, 3 * native.LARGE])
 def test_large_draws_are_the_numbers_of_numpys_stream(n: int) -> None:
     keys = random.split(random.key(12), 6).reshape(2, 3).T  # not side by side
-    drawn = random.uniform(keys, (n,))
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = random.uniform(keys, (n,))
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert drawn.shape == (3, 2, n)
     for key, row in zip(keys.flatten(), drawn.flatten(0, 1), strict=True):
         np.testing.assert_array_equal(row, random.generator(key).random(n, np.float32))

@@ -169,7 +169,7 @@ def _uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     n = prod(shape)
     if n < native.LARGE or dtype != torch.float32 or (fill := _built("uniform")) is None:
         return _rows(key, shape, dtype, lambda draw: draw.random)
-    key, out = key.contiguous(), torch.empty((*key.shape, *shape))
+    key, out = key.contiguous(), key.new_empty((*key.shape, *shape), dtype=dtype)
     fill(key.data_ptr(), out.data_ptr(), key.numel(), n, torch.get_num_threads())
     return out
 

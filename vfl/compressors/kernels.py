@@ -50,11 +50,12 @@ def quantize(
     if (kernel := _kernel("quantize", v)) is None:
         return None
     v = v.contiguous()
-    value, each, kept = torch.empty_like(v), None, None
+    value, quantile, kept = torch.empty_like(v), None, None
     if threshold is not None:
-        each = torch.as_tensor(threshold, dtype=torch.float64).expand(v.shape[:-1]).contiguous()
-        kept = torch.zeros_like(each, dtype=torch.int64)
-    _run(kernel, v, torch.tensor(sizes), each, value, kept, *_rows(v), len(sizes), levels - 1)
+        quantile = torch.as_tensor(threshold, dtype=torch.float64, device=v.device).expand(v.shape[:-1]).contiguous()
+        kept = torch.zeros_like(quantile, dtype=torch.int64)
+    entries = torch.tensor(sizes, device=v.device)
+    _run(kernel, v, entries, quantile, value, kept, *_rows(v), len(sizes), levels - 1)
     return value, kept
 
 
