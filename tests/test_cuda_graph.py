@@ -15,7 +15,7 @@ from helpers import ALGORITHMS, assert_same, federated, regression, run
 from torch import Tensor
 
 import vfl
-from vfl import execute
+from vfl import execute, programs
 from vfl.cuda_graph import WARM_UP, Recorder, Replay, Work, recorder
 from vfl.data.container import FederatedData
 
@@ -33,7 +33,7 @@ class Recordings:
 
     def __init__(self, spoil: Callable[[list[Tensor]], Any] = lambda results: None) -> None:
         self.spoil, self.made, self.replays = spoil, 0, 0
-        self.programs: list[execute.Programs] = []
+        self.programs: list[programs.Programs] = []
 
     def recorder(self) -> Recorder:
         return Recorder(lambda work: work(), self.record)
@@ -56,12 +56,12 @@ def recorded(monkeypatch):
     """A function that makes runs replay their programs by these recordings."""
 
     def use(recordings: Recordings) -> Recordings:
-        def programs(problem: execute.Problem, build: execute.Build, _: object) -> execute.Programs:
-            recordings.programs.append(execute.Programs(problem, build, recordings.recorder))
+        def replayed(problem: execute.Problem, build: programs.Build, _: object) -> programs.Programs:
+            recordings.programs.append(programs.Programs(problem, build, recordings.recorder))
             return recordings.programs[-1]
 
-        monkeypatch.setattr("vfl.executor.Programs", programs)
-        monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+        monkeypatch.setattr("vfl.executor.Programs", replayed)
+        monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
         return recordings
 
     return use

@@ -35,7 +35,7 @@ import vfl
 from algorithms.fedavg import FedAvg, FedAvgM
 from algorithms.mime import Mime
 from algorithms.scaffold import Scaffold
-from vfl import checkpoint, delays, execute, random
+from vfl import checkpoint, delays, programs, random
 from vfl.base import Model, Personal
 from vfl.delays import DELAYS, Delays, Staleness
 from vfl.devices import Devices
@@ -217,7 +217,7 @@ def test_delays_are_the_same_in_chunks_of_any_size_and_one_by_one(config, plan):
 
 
 def test_delays_are_the_same_in_a_traced_program(monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     plan = SCAFFOLD._replace(options={"clients_per_round": "all", "batch_size": None})
     wanted = play(plan, Scaffold(), rounds=3, chunk=100)
     assert_same(play(plan, Scaffold(), rounds=3, chunk=100, execution="compile"), wanted, 1e-9)

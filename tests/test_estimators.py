@@ -15,7 +15,7 @@ import vfl.queue
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 from tests.helpers import SIZES, N, assert_same, every_algorithm, federated, make_task, mlp, regression, run
-from vfl import draws, execute, random
+from vfl import draws, programs, random
 from vfl.local import Minibatches, Work, minibatches
 
 Array = np.ndarray
@@ -434,7 +434,7 @@ def test_a_run_does_not_depend_on_its_chunks_and_groups_nor_on_how_it_is_execute
 
 @every_estimator
 def test_a_program_of_a_chunk_holds_the_estimator(options, monkeypatch) -> None:
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)  # compiling takes seconds
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)  # compiling takes seconds
     options = options | {"clients_per_round": 6, "seed": 3, "chunk": 100}
     wanted = run(FedAvg(), mlp(), DATA, 3, **options)
     assert_same(run(FedAvg(), mlp(), DATA, 3, execution="compile", **options), wanted, 1e-10)

@@ -14,7 +14,7 @@ from torch import nn
 
 import vfl
 from algorithms.fedavg import FedAvg
-from vfl import choices, execute
+from vfl import choices, programs
 from vfl.chunks import SHORT, ChunkSize
 from vfl.executor import Executor, processor_seconds, threads
 from vfl.operators import Operators, TooManyOperatorsError
@@ -48,7 +48,7 @@ def test_a_compiled_program_gives_the_results_of_vmap_and_so_does_the_one_kept_o
 
 
 def test_a_program_tells_inputs_apart_that_were_one_tensor_when_it_was_made(monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
 
     class Previous(FedAvg):
         """Sends the model and the one before, which are one tensor at first."""
@@ -87,7 +87,7 @@ def test_a_program_tells_inputs_apart_that_were_one_tensor_when_it_was_made(monk
 
 def test_a_program_is_made_once_for_a_shape(monkeypatch):
     made = []
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: made.append(graph) or graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: made.append(graph) or graph)
     run(ALGORITHMS["fedavg"], regression(), federated(), 4, execution="compile", clients_per_round="all", chunk=100)
     assert len(made) == 1
 
@@ -95,9 +95,9 @@ def test_a_program_is_made_once_for_a_shape(monkeypatch):
 def test_a_program_computes_chunk_after_chunk_of_like_clients(monkeypatch):
     """Clients with as many steps go through one program without the host looking around in between."""
     calls, slices = [], []
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: lambda *now: calls.append(0) or graph(*now))
-    plain = execute.Programs.run
-    monkeypatch.setattr(execute.Programs, "run", lambda *given: slices.append(0) or plain(*given))
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: lambda *now: calls.append(0) or graph(*now))
+    plain = programs.Programs.run
+    monkeypatch.setattr(programs.Programs, "run", lambda *given: slices.append(0) or plain(*given))
     task, data = regression(), federated(sizes=[6] * 9)
     options = {"clients_per_round": "all", "batch_size": 3}
     wanted = run(ALGORITHMS["scaffold-option=2"], task, data, 3, execution="vmap", chunk=100, **options)
@@ -107,15 +107,15 @@ def test_a_program_computes_chunk_after_chunk_of_like_clients(monkeypatch):
 
 
 def test_a_program_that_runs_out_of_memory_is_followed_by_smaller_chunks(monkeypatch, caplog):
-    plain = execute.Programs.run
+    plain = programs.Programs.run
 
     def narrow(self, signature, bounds, shared, inputs, sums, most, chunk):
         if chunk > 2:
             raise torch.OutOfMemoryError("too many")
         return plain(self, signature, bounds, shared, inputs, sums, most, chunk)
 
-    monkeypatch.setattr(execute.Programs, "run", narrow)
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs.Programs, "run", narrow)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated()
     wanted = run(ALGORITHMS["fedavg"], task, data, 2, execution="vmap", clients_per_round="all", chunk=100)
     with caplog.at_level(logging.WARNING, "vfl"):
@@ -142,13 +142,13 @@ def steady_rounds(execution: str, rounds: int, *, known_size: bool = True) -> li
 @pytest.mark.parametrize(("execution", "learning"), [("loop", 0), ("compile", 2), ("vmap", SHORT)])
 def test_learning_ends_where_the_chunk_is_left_to_the_engine(execution, learning, monkeypatch):
     """Else no round would say how fast a rank is, and each slice would wait for a GPU."""
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     assert steady_rounds(execution, SHORT + 3) == [False] * learning + [True] * (SHORT + 3 - learning)
 
 
 def test_vmap_finds_the_chunk_to_compile_where_no_cache_gives_it(monkeypatch):
     made: list[int] = []
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: made.append(0) or graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: made.append(0) or graph)
     # The cohorts never fill the first chunk, so it settles after as many rounds; the next one compiles.
     assert steady_rounds("compile", SHORT, known_size=False) == [False] * SHORT and not made
     assert steady_rounds("compile", SHORT + 3, known_size=False) == [False] * (SHORT + 1) + [True] * 2
@@ -159,7 +159,7 @@ def test_a_run_goes_on_under_vmap_when_compiling_fails(monkeypatch, caplog):
     def broken(graph, inputs):
         raise RuntimeError("no compiler on this machine")
 
-    monkeypatch.setattr(execute, "compile_graph", broken)
+    monkeypatch.setattr(programs, "compile_graph", broken)
     algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
     with caplog.at_level(logging.WARNING, "vfl"):
         found = vfl.simulate(algorithm, task, data, 3, execution="compile", **OPTIONS)
@@ -311,9 +311,9 @@ def test_auto_ends_a_trial_in_which_no_shape_repays_a_program():
 
 def test_a_trial_compiles_for_whole_cohorts_and_not_for_what_other_trials_left_of_one(monkeypatch):
     made: list[int] = []
-    plain = execute.Programs.run
-    monkeypatch.setattr(execute.Programs, "run", lambda *given: made.append(given[-1]) or plain(*given))
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    plain = programs.Programs.run
+    monkeypatch.setattr(programs.Programs, "run", lambda *given: made.append(given[-1]) or plain(*given))
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated(sizes=[6] * 25)
     options = {"clients_per_round": "all", "work": vfl.Work(batch_size=3)}
     engine = vfl.Engine(FedAvg().build(task, 25), task, data, execution="auto", chunk=None, **options)
@@ -382,7 +382,7 @@ def _noting(counted: list[int]):
 
 def test_tracing_ends_at_the_limit(monkeypatch, caplog):
     """Even where the count was wrong; the run goes on, with the same results."""
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: pytest.fail("the program was traced"))
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: pytest.fail("the program was traced"))
     monkeypatch.setattr(Tuner, "most_operators", lambda self, mode: 50)
     algorithm, task, data = ALGORITHMS["fedavg"], regression(), federated()
     with caplog.at_level(logging.WARNING, "vfl"):
@@ -467,7 +467,7 @@ def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(t
 
 
 def test_a_later_run_compiles_from_its_first_round_and_rare_shapes_go_the_best_other_way(monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     ways: list[str] = []
     eager, by_program = Executor._eager, Executor._by_program
     monkeypatch.setattr(Executor, "_eager", lambda *given: ways.append(given[1]) or eager(*given))

@@ -33,7 +33,7 @@ import vfl
 from algorithms.dga import DGA
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
-from vfl import checkpoint, execute
+from vfl import checkpoint, programs
 from vfl.data.container import Examples
 from vfl.delays import delayed, fixed
 from vfl.learned_weights import LearnedWeights, Policy, Sent, first_network, learned
@@ -253,7 +253,7 @@ def test_vmap_equals_loop_in_chunks_of_any_size(config):
 
 
 def test_a_traced_program_gives_the_results_of_vmap(monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     algorithm, options = learning(DGA(), mlp()), {"clients_per_round": 4, "batch_size": 3, "chunk": 2}
     wanted = run(algorithm, mlp(), federated(), 3, **options)
     assert_same(run(algorithm, mlp(), federated(), 3, execution="compile", **options), wanted, 1e-9)

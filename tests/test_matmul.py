@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vfl import matmul
 from vfl.base import take
-from vfl.execute import compile_graph
+from vfl.programs import compile_graph
 
 aten, ours = torch.ops.aten, torch.ops.vfl
 

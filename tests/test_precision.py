@@ -6,7 +6,7 @@ from torch import nn
 
 import vfl
 from algorithms.fedavg import FedAvg
-from vfl import execute
+from vfl import programs
 
 OFF = vfl.Evaluation(0)
 
@@ -24,7 +24,7 @@ def test_layers_in_bfloat16_learn_the_digits():
 
 
 def test_a_traced_program_in_bfloat16_gives_the_results_of_vmap(monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     module, data = nn.Sequential(nn.Linear(FEATURES, 4), nn.ReLU(), nn.Linear(4, 3)), federated([5] * 8)
     options = {"clients_per_round": 6, "batch_size": 3, "local_steps": 2, "chunk": 2, "evaluation": OFF}
 

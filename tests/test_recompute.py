@@ -10,7 +10,7 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfl
-from vfl import execute
+from vfl import programs
 from vfl.cli import _main
 from vfl.cli import experiment as cli_experiment
 from vfl.errors import UsageError
@@ -68,7 +68,7 @@ def test_second_derivatives_are_the_same():
 
 @pytest.mark.parametrize("execution", ["vmap", "loop", "compile"])
 def test_runs_are_the_same(execution, monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)
     plain, forgetful = tasks(network(), NAMES)
     options = {"clients_per_round": 6, "batch_size": 4, "chunk": 6, "local_steps": 1}
     wanted = run(ALGORITHMS["fedavg"], plain, federated(), 2, **options)

@@ -84,7 +84,7 @@ def test_a_round_reports_the_mean_and_the_standard_deviation_over_replicas():
 
 
 def test_a_traced_program_of_replicas_gives_the_results_of_vmap(monkeypatch):
-    monkeypatch.setattr(vfl.execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(vfl.programs, "compile_graph", lambda graph, inputs: graph)
     task, data = regression(), federated(SIZES)
     wanted, _ = together(ALGORITHMS["scaffold-option=2"], task, data, 3, 4, execution="vmap")[-1]
     found, metrics = together(ALGORITHMS["scaffold-option=2"], task, data, 3, 4, execution="compile")[-1]
@@ -93,7 +93,7 @@ def test_a_traced_program_of_replicas_gives_the_results_of_vmap(monkeypatch):
 
 
 def test_a_traced_program_of_marinas_replicas_tells_its_two_models_apart(monkeypatch):
-    monkeypatch.setattr(vfl.execute, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(vfl.programs, "compile_graph", lambda graph, inputs: graph)
     options = {"clients_per_round": "all", "batch_size": None, "chunk": 3, "replicas": 2, "seed": 5}
     # Of the first round, when the two are equal, the second chunk is traced.
     work = Marina(p=0.5), regression(), federated([4] * 6), 3

@@ -27,7 +27,7 @@ from algorithms.fedavg import FedAvg
 from algorithms.fednova import FedNova
 from algorithms.fedprox import FedProx
 from algorithms.scaffold import Scaffold
-from vfl import execute, gather, robust
+from vfl import gather, programs, robust
 from vfl.reduce import layout
 
 OFF = vfl.Evaluation(0)
@@ -140,7 +140,7 @@ def test_a_run_equals_numpy_in_chunks_and_one_by_one(spec):
 
 @pytest.mark.parametrize("spec", ["multi_krum:f=1,m=3", "norm_clip:0.2"])
 def test_compiled_equals_vmap(spec, monkeypatch):
-    monkeypatch.setattr(execute, "compile_graph", lambda graph, inputs: graph)  # what is compiled, uncompiled
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs: graph)  # what is compiled, uncompiled
     config, options = FedAvg(aggregator=spec), ALL | {"chunk": 100, "local_steps": 1}
     wanted = run(config, mlp(), federated(), 2, **options)
     assert_same(run(config, mlp(), federated(), 2, execution="compile", **options), wanted, 1e-9)

@@ -21,9 +21,10 @@ from vfl.base import Tree, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.cuda_graph import recorder
 from vfl.errors import first_line
-from vfl.execute import Added, Problem, Programs, Shared, add_all, by_loop, by_vmap, compiled, kept, trace
+from vfl.execute import Added, Problem, Shared, add_all, by_loop, by_vmap, kept
 from vfl.heap import keep_freed_memory
 from vfl.operators import Operators
+from vfl.programs import Programs, compiled, trace
 from vfl.queue import Queue, Slice
 from vfl.reduce import Layout, Results, Sums, layout, zeros
 from vfl.tuning import PROGRAMS, Execution, Mode, Tuner
