@@ -1,4 +1,4 @@
-"""How a chunk's clients are computed: one by one, under vmap, or compiled.
+"""How a chunk's clients are computed: one by one, or all at once under vmap.
 
 Letters: C clients in the chunk. Replicas put an axis R before all but the data: sent [R, ...], inputs [R, C, ...].
 """
@@ -6,7 +6,6 @@ Letters: C clients in the chunk. Replicas put an axis R before all but the data:
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,8 +22,6 @@ from vfl.local import Batches, Block
 from vfl.reduce import Results, Sums, add
 from vfl.task import Weight
 from vfl.transforms import mapped
-
-log = logging.getLogger("vfl")
 
 
 class Shared(NamedTuple):
