@@ -32,8 +32,9 @@ from vfl.tuning import PROGRAMS, Execution, Mode, Tuner
 log = logging.getLogger("vfl")
 
 # So many times a core's second-level cache may a program's chunk take: what its calls cost weighs more than the way to
-# the third level, whose rows come in order; and more still where nothing is read twice.
-AGAIN, ONCE = {"trace": 32, "compile": 8}, {"trace": 32, "compile": 16}
+# the third level, whose rows come in order; and more still where nothing is read twice. Of a compiled one, for each
+# thread: its calls cost less.
+AGAIN, ONCE = {"trace": 32, "compile": 6}, {"trace": 32, "compile": 16}
 
 OWN_NOISE = "it draws random numbers that no client's key decides; nn.Dropout, unlike F.dropout, draws them by the key"
 
@@ -90,8 +91,9 @@ class Executor:
                 self._most |= {(mode, False): chunk, (mode, True): chunk}
             elif self._finding:
                 # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
-                self._most[mode, False] = max(AGAIN[mode] * cache_bytes() // (3 * model_bytes + batch_bytes), 1)
-                self._most[mode, True] = max(ONCE[mode] * cache_bytes() // (3 * model_bytes), 1)
+                caches = cache_bytes() * (many if mode == "compile" else 1)
+                self._most[mode, False] = max(AGAIN[mode] * caches // (3 * model_bytes + batch_bytes), 1)
+                self._most[mode, True] = max(ONCE[mode] * caches // (3 * model_bytes), 1)
 
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
