@@ -23,9 +23,12 @@ constexpr int W = 4, ROWS = 6, SQUARE = 3;
 #endif
 constexpr int64_t PANEL = 1 << 15;    // of a's entries that dot products with every column of b find in the cache
 constexpr int64_t SHARED = 1 << 19;  // multiplications from which threads share the work
+constexpr int64_t AHEAD = 4;          // vectors by which rows of a table are fetched before they are read: such rows, and
+                                      // those of base, are too short or too many for the processor to see it coming
 
 typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
+inline void fetch(const float* from) { __builtin_prefetch(from); }
 inline Vector all(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void put_all(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
 
@@ -66,8 +69,15 @@ template <int R, int V>
 void outer_tile(const Product& p, int64_t i, int64_t j, int last) {
   Vector sum[R][V] = {};
   const float *a = p.a + i * p.a_row, *b = p.b + j;
+  if (p.base) {
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) fetch(p.base + (i + r) * p.n + j + (V + v) * W);  // the next tile's
+  }
   for (int64_t q = 0; q < p.k; q++, a += p.a_column) {
     const float* from = b + (p.b_rows ? p.b_rows[q] : q) * p.b_line;
+    if (p.b_rows) {
+      for (int v = 0; v < V; v++) fetch(from + (AHEAD + v) * W);
+    }
     Vector line[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) line[v] = get(from + v * W, v == V - 1 ? last : W);
@@ -126,8 +136,10 @@ void outer_products(const Product& p, const Tiles& tiles, int64_t line, bool by_
 template <int R, int N>
 void dot_tile(const Product& p, int64_t i, int64_t j) {
   Vector sum[R * N] = {};
-  const float *a[R], *b = p.b + j * p.b_line;
+  const float *a[R], *later[R], *b = p.b + j * p.b_line;
   for (int r = 0; r < R; r++) a[r] = p.a + (p.a_rows ? p.a_rows[i + r] : i + r) * p.a_row;
+  bool fetched = p.a_rows && j == 0;  // the next tile's rows, which further columns find in the cache
+  for (int r = 0; r < R; r++) later[r] = p.a + (fetched && i + R + r < p.m ? p.a_rows[i + R + r] : 0) * p.a_row;
   auto add = [&](int64_t q, int count) {
     Vector column[N];
 #pragma GCC unroll 5
@@ -140,7 +152,13 @@ void dot_tile(const Product& p, int64_t i, int64_t j) {
     }
   };
   int64_t q = 0;
-  for (; q + W <= p.k; q += W) add(q, W);
+  for (; q + W <= p.k; q += W) {
+    if (fetched) {
+#pragma GCC unroll 5
+      for (int r = 0; r < R; r++) fetch(later[r] + q);
+    }
+    add(q, W);
+  }
   if (q < p.k) add(q, p.k - q);
   float total[(R * N + W - 1) / W * W];
 #if defined(__AVX512F__)
