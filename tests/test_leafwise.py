@@ -54,6 +54,20 @@ def test_sums_along_and_across_the_vector_are_taken_by_pieces():
     assert targets(after).count(aten.cat.default) == 1  # the weighted sum over the clients
 
 
+@pytest.mark.parametrize("clients", [4, 10])
+def test_a_sum_of_clients_vectors_as_a_product_is_one_for_each_piece(clients: int):
+    """Ten clients are as many as the vector has entries: their weights are no vector."""
+
+    def function(x, weight, total, lr):
+        return (weight @ steps(x, x, lr)).add_(total)
+
+    rows, weight, lr = torch.randn(clients, 10).double(), torch.rand(clients).double(), torch.tensor(0.1).double()
+    before, after = both(function, rows, weight, torch.randn(10).double(), lr)
+    assert targets(before).count(aten.mm.default) == 1
+    assert targets(after).count(aten.mm.default) == (3 if clients == 4 else 1)
+    assert targets(after).count(aten.cat.default) == 1  # the result, or the clients' vectors
+
+
 def test_what_needs_the_whole_vector_gets_it():
     def function(x, lr):
         y = steps(x, x, lr)

@@ -89,7 +89,9 @@ class _Rewriting:
             return self._each(node, lambda i: (args[0], [*args[1][:-1], self.sizes[i]]))
         if target is aten.unsqueeze.default and args[1] not in (-1, _rank(args[0])):
             return self._each(node, lambda i: args)
-        if target in (aten.squeeze.dim, aten.select.int) and args[1] not in (-1, _rank(args[0]) - 1):
+        if target in (aten.squeeze.dim, aten.squeeze_.dim, aten.select.int) and args[1] not in (-1, _rank(args[0]) - 1):
+            return self._each(node, lambda i: args)
+        if target is aten.mm.default and self._fits(args[1]) and not self._fits(args[0]):  # a sum of rows by weights
             return self._each(node, lambda i: args)
         if torch.Tag.pointwise in getattr(target, "tags", ()) or target in (aten.clone.default, aten.detach.default):
             return self._each(node, lambda i: args)

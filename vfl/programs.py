@@ -107,7 +107,8 @@ class Programs:
                 results = tree_map(lambda leaf: leaf[None], one_client(self.problem, bounds, shared, mine))
             else:
                 results = by_vmap(self.problem, bounds, shared, inputs)
-            added = Added(*add_all(self.problem, sums, results, fused=True), results[1], kept(self.problem, results))
+            fused = self.build is compiled
+            added = Added(*add_all(self.problem, sums, results, fused=fused), results[1], kept(self.problem, results))
             done, structure = pytree.tree_flatten(added)
             result[:] = [structure]
             return done
