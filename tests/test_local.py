@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from vfl import random
+from vfl import draws, random
 from vfl.base import leaves, take
 from vfl.data.container import cast
 from vfl.errors import UsageError
@@ -147,6 +147,12 @@ def test_the_order_is_a_function_of_the_key_alone() -> None:
     sizes = np.array([12, 12])
     two = plan_of(Work(B), sizes)
     assert [[r - 12 for r in s] for s in visits(two, 1)] != visits(two, 0)
+
+
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_orders_of_clients_of_one_size_are_those_they_have_beside_others(n: int) -> None:
+    keys, sizes = random.split(random.key(3), 50), torch.full((50, 1), n)
+    assert torch.equal(draws.shuffled(keys, sizes, n, once=True), draws.shuffled(keys, sizes, 2 * n)[:, :n])
 
 
 def test_epochs_are_shuffled_uniformly_and_independently() -> None:

@@ -18,11 +18,17 @@ BLOCK = 2**22  # random numbers, or entries of examples, held at once
 UNIT = 2**36  # a client's probabilities are multiples of 1/UNIT; N of them must stay below 2⁶³
 
 
-def shuffled(keys: Tensor, n: Tensor, slots: int) -> Tensor:
-    """Uniform permutations of 0 … n − 1, one after the other, for keys [C] and n [C, 1]: int64 [C, slots]."""
+def shuffled(keys: Tensor, n: Tensor, slots: int, *, once: bool = False) -> Tensor:
+    """Uniform permutations of 0 … n − 1, one after the other, for keys [C] and n [C, 1]: int64 [C, slots].
+
+    `once` says that every n is `slots`: the same, sooner.
+    """
     # One sort gives every permutation: slot j is example j mod n of pass j div n, ordered by (pass, hash).
+    hashes = random.bits(keys, slots) & (2**40 - 1)
+    if once:
+        return hashes.argsort(dim=1, stable=True)
     slot = torch.arange(slots, device=keys.device)
-    return (((slot // n) << 40) | (random.bits(keys, slots) & (2**40 - 1))).argsort(dim=1, stable=True) % n
+    return (((slot // n) << 40) | hashes).argsort(dim=1, stable=True) % n
 
 
 def nice(keys: Tensor, n: Tensor, steps: int, batch: int, largest: int) -> Tensor:

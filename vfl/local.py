@@ -154,7 +154,8 @@ def minibatches(
         per_epoch = np.maximum(work.per_epoch(sizes), 1)
         fresh = work.reshuffle == "epoch"
         passes = -(-counts // per_epoch) if fresh else 1
-        order = draws.shuffled(keys, n, max(int((passes * sizes).max()), 1))
+        slots = max(int((passes * sizes).max()), 1)
+        order = draws.shuffled(keys, n, slots, once=bool((sizes == slots).all()))
         spe, size = (on_device(np.maximum(a, 1), device)[:, None] for a in (per_epoch, batches))
         within = (k % spe * size)[:, :, None] + place  # [C, K, B] position in the epoch
         mask = mask & (within < n[:, :, None])
