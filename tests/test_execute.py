@@ -225,12 +225,20 @@ def test_auto_tries_one_thread_where_there_are_several():
     assert set(played(tuner(0.0), {"loop": 3.0, "vmap": 1.0})) == {"loop", "vmap"}
 
 
+def test_one_thread_is_not_tried_where_few_steps_are_to_come():
+    several = {"loop": 3.0, "loop by one thread": 0.8, "vmap": 2.0, "vmap by one thread": 2.5}
+    for steps_to_come, tried in ((300.0, 2), (500.0, 4)):
+        one = Tuner("auto", ChunkSize(4, 1, CPU), threads=2)
+        one.begin(steps_to_come)
+        assert len(set(played(one, several))) == tried
+
+
 def test_one_thread_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))
     several = {"loop": 3.0, "loop by one thread": 0.8, "vmap": 2.0, "vmap by one thread": 2.5}
     for _ in range(2):
         one = Tuner("auto", ChunkSize(4, 1, CPU), "e", threads=2)
-        one.begin(10.0)  # too few steps to compile
+        one.begin(1000.0)  # too few steps to compile
         one.counted(1400, 10)
         ways = played(one, several)
     assert set(ways) == {"loop by one thread"}

@@ -21,6 +21,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 TRIES = 3  # chunks in which another way is timed, after one that warms it up,
 ENOUGH = 0.2  # or as many, at least one, as take so many seconds with it
 SEEN = 4  # a shape must come back so often before a program for it is worth making
+FEW = 0.05  # of the steps to come, the most that two clients may take for ways by one thread to be tried
 PATIENCE = 200  # chunks after which a program that has not paid by then is given up, and timing ends
 AGAIN = 0.3  # of its cost, what a compiled program takes that lies on disk since an earlier process
 
@@ -219,6 +220,8 @@ class Tuner:
             self.best = self._trial
             self.eager = self.best if self.best.mode not in PROGRAMS else self.eager
         self._trial, self._passed = None, 0
+        if 2 * depth > FEW * self.steps_to_come:
+            self._untried = [way for way in self._untried if not way.alone]
         back = self._seen[signature] >= SEEN
         for n, (mode, alone) in enumerate(self._untried):
             program = mode in PROGRAMS
