@@ -167,10 +167,9 @@ class Tuner:
         """Whether this share of the steps to come gains more by a program than it is expected to cost."""
         if self.eager not in self._rates:
             return False
-        kind, steps = PROGRAMS[mode], share * self.steps_to_come
-        best = (
-            max(self._rates[self.eager], self._rate("trace") or 0.0) if mode == "compile" else self._rates[self.eager]
-        )
+        kind, steps, best = PROGRAMS[mode], share * self.steps_to_come, self._rates[self.eager]
+        if mode == "compile":
+            best = max(best, self._rate("trace") or 0.0)
         if (rate := self._rate(mode)) is not None:
             return steps * (1 / best - 1 / rate) > self._cost(mode, depth)
         if mode == "compile" and self._known:  # such runs keep coming, and find the program

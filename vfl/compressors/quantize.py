@@ -58,13 +58,13 @@ def standard_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator
         omega = (math.sqrt(D) - 1) / 2  # the largest ‖v‖₁‖v‖_∞/‖v‖₂² − 1, at one entry √D + 1 times the others
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        step = _norm(v, norm) / s
+        code, step = _dithered(code, layout, s), _norm(v, norm) / s
         if (value := kernels.standard_dithering(v, key, step, s)) is not None:
-            return value, _dithered(code, layout, s)
+            return value, code
         u = _uniform(v, key)
         raised = u.addcdiv_(v.to(u.dtype), torch.where(step > 0, step, 1))
         level = raised.floor_().clamp_(-s, s)  # a norm rounded down could leave |v|/step above s
-        return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
+        return level.mul_(step).to(v.dtype), code
 
     return unbiased(apply, omega)
 
@@ -89,9 +89,9 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
     excess = layout.entries ** (1 / min(norm, 2)) * lowest
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        step = _norm(v, norm) * lowest
+        code, step = _dithered(code, layout, s), _norm(v, norm) * lowest
         if (value := kernels.natural_dithering(v, key, step, s)) is not None:
-            return value, _dithered(code, layout, s)
+            return value, code
         u = _uniform(v, key)
         wide, integer, mask = v.to(u.dtype), INTEGERS[u.dtype], _without_fraction(u.dtype)
         away = u.copysign_(wide)  # from 0
@@ -101,7 +101,7 @@ def natural_dithering(s: int, norm: float = 2.0, *, layout: Layout) -> Operator:
         raised = away.mul_(gap).add_(scaled)
         # Of the powers of two below 1, none is rounded up.
         level = raised.view(integer).bitwise_and_(mask).view(u.dtype).round_().clamp_(-1 / lowest, 1 / lowest)
-        return level.mul_(step).to(v.dtype), _dithered(code, layout, s)
+        return level.mul_(step).to(v.dtype), code
 
     return unbiased(apply, 1 / 8 + excess * min(1, excess))
 

@@ -24,13 +24,12 @@ def bernoulli(p: float, *, layout: Layout) -> Operator:
     most = max(round(p * 2**64), 1) - 2**63 - 1  # of 64-bit integers, a share p is no larger
 
     def apply(v: Tensor, key: Tensor, code: Code) -> tuple[Tensor, Code]:
-        if (found := kernels.bernoulli(v, key, most, 1 / p)) is not None:
-            value, one = found
-            return value, code._replace(header=code.header * one, entries=code.entries * one)
-        sent = random.bits(key, 1) <= most  # [..., 1]; one coin costs less by the hash than by a stream
-        one = sent.squeeze(-1).to(torch.float64)
-        # Zero times infinity is NaN: a vector that is not finite shows even when it is not sent.
-        return v * (sent.to(v.dtype) * (1 / p)), code._replace(header=code.header * one, entries=code.entries * one)
+        if (found := kernels.bernoulli(v, key, most, 1 / p)) is None:
+            sent = random.bits(key, 1) <= most  # [..., 1]; one coin costs less by the hash than by a stream
+            # Zero times infinity is NaN: a vector that is not finite shows even when it is not sent.
+            found = v * (sent.to(v.dtype) * (1 / p)), sent.squeeze(-1).to(torch.float64)
+        value, one = found
+        return value, code._replace(header=code.header * one, entries=code.entries * one)
 
     return unbiased(apply, 1 / p - 1)
 
