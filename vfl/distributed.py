@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vfl.chunks import out_of_memory
 from vfl.errors import RankLostError, UsageError
+from vfl.neighbours import Neighbours, meet
 
 
 class Ranks(NamedTuple):
@@ -22,6 +23,7 @@ class Ranks(NamedTuple):
 
     rank: int = 0
     world: int = 1
+    near: Neighbours | None = None  # all of them, where they share memory
 
     @property
     def first(self) -> bool:
@@ -32,7 +34,7 @@ class Ranks(NamedTuple):
         """The sum over ranks, in place."""
         if self.world > 1:
             with _together():
-                dist.all_reduce(flat)
+                (dist if self.near is None else self.near).all_reduce(flat)
         return flat
 
     def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
@@ -100,9 +102,12 @@ def launched(device: torch.device) -> Iterator[Ranks]:
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     fresh = dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=world)
+    near = meet(rank, world, fresh) if device.type == "cpu" else None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank, world, near)
     finally:
+        if near is not None:
+            near.close()
         dist.destroy_process_group()
 
 
