@@ -15,7 +15,7 @@ import vfl.queue
 from algorithms.fedavg import FedAvg
 from algorithms.scaffold import Scaffold
 from tests.helpers import SIZES, N, assert_same, every_algorithm, federated, make_task, mlp, regression, run
-from vfl import draws, programs, random
+from vfl import draws, local, programs, random
 from vfl.local import Minibatches, Work, minibatches
 
 Array = np.ndarray
@@ -409,6 +409,42 @@ def test_shuffled_once_and_resumed_a_client_keeps_its_order() -> None:
     before = records(state)
     state, _ = vfl.simulate(recorder(), regression(), DATA, 2, seed=99, state=state, **options)
     assert records(state) == before
+
+
+@pytest.mark.parametrize("slots", [1, 6, 13, 128, 129, 400, 1000])
+def test_orders_by_machine_code_are_those_by_torch(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if draws._built() is None:
+        pytest.skip("needs a C++ compiler")
+    keys = random.split(random.key(3), 40)
+    for sizes in (np.full(40, slots), 1 + np.arange(40) % slots, np.full(40, slots + 3)):
+        n, once = torch.from_numpy(sizes)[:, None], bool((sizes == slots).all())
+        monkeypatch.setattr(draws, "MANY", 1)
+        fast = draws.shuffled(keys, n, slots, once=once)
+        monkeypatch.setattr(draws, "MANY", 2**40)
+        assert fast.equal(draws.shuffled(keys, n, slots, once=once))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [Work(3), Work(3, epochs=2), Work(2, steps=7), Work("50%"), Work(3, reshuffle="once"),
+     Work(3, steps=2, reshuffle="round")],
+)  # fmt: skip
+def test_minibatches_without_padding_are_drawn_as_those_with(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = work, random.split(random.key(1), 30), np.arange(30) * 9, np.full(30, 6)
+    assert local._full(*arguments) is not None
+    found = minibatches(*arguments)
+    monkeypatch.setattr(local, "_full", lambda *_: None)
+    for a, b in zip(found, minibatches(*arguments), strict=True):
+        assert (a.equal(b) and a.dtype == b.dtype) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    "work", [Work(4), Work(6), Work(None), Work(3, epochs=2, reshuffle="round"), Work(3, draw="nice")]
+)
+def test_other_minibatches_take_the_general_way(work: Work) -> None:
+    assert local._full(work, random.split(random.key(1), 3), np.arange(3) * 9, np.full(3, 6)) is None
+    assert local._full(Work(3), random.split(random.key(1), 3), np.arange(3) * 9, np.array([6, 6, 3])) is None
+    assert local._full(Work(3), random.split(random.key(1), 3), np.arange(3) * 9, np.zeros(3, int)) is None
 
 
 ESTIMATORS: dict[str, dict[str, Any]] = {

@@ -74,6 +74,8 @@ def test_what_is_read_once_in_place_takes_the_larger_compiled_chunk(
     monkeypatch.setattr("vfl.executor.cache_bytes", lambda: 10_000)
     monkeypatch.setattr("vfl.programs.compile_graph", lambda graph, inputs: graph)  # the size is all that matters here
     model("all", "compile", chunk=None, batch_size=None, local_epochs=epochs)
-    model_bytes, batch_bytes, caches = 5 * 8, 12 * 5 * 8, 10_000 * torch.get_num_threads()
-    expected = 16 * caches // (3 * model_bytes) if once else 6 * caches // (3 * model_bytes + batch_bytes)
+    model_bytes, batch_bytes, threads = 5 * 8, 12 * 5 * 8, torch.get_num_threads()
+    expected = 12 * max(threads // 2, 1) * 10_000 // (3 * model_bytes + batch_bytes)
+    if once:
+        expected = 16 * threads * 10_000 // (3 * model_bytes)
     assert set(sizes) == {expected}

@@ -7,7 +7,7 @@ sums the weighted messages over chunks and ranks, and hands their mean to `serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -241,18 +241,40 @@ def of_inner(personal: Personal | None) -> Personal | None:
 
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree, in order."""
-    return [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
+    if isinstance(tree, Tensor):
+        return [tree]
+    # Tuples are walked here, and in `tree_map`: torch's trees, of any registered type, cost a small chunk more than its
+    # arithmetic.
+    if _tuple(tree):
+        return [leaf for part in tree for leaf in leaves(part)]
+    return pytree.tree_leaves(tree)
+
+
+def filled(like: Tree, values: list[Tensor]) -> Tree:
+    """A tree of this shape that has these tensors, in order."""
+    each = iter(values)
+    return tree_map(lambda _: next(each), like)
+
+
+def structure(tree: Tree) -> Hashable:
+    """What a tree looks like but for its leaves: equal for trees of one shape."""
+    if isinstance(tree, Tensor):
+        return None
+    return (type(tree), *map(structure, tree)) if _tuple(tree) else pytree.tree_structure(tree)
+
+
+def _tuple(tree: Tree) -> bool:
+    return type(tree) in (tuple, list) or hasattr(tree, "_fields")
 
 
 def tree_map(function: Any, *trees: Tree) -> Tree:
     """`function` applied leaf by leaf to trees of one shape."""
-    # Tuples are mapped here: torch's trees, of any registered type, cost a small chunk more than its arithmetic.
     first = trees[0]
     if isinstance(first, Tensor):
         return function(*trees)
-    if type(first) is tuple or hasattr(first, "_fields"):
+    if _tuple(first):
         mapped = [tree_map(function, *parts) for parts in zip(*trees, strict=True)]
-        return type(first)(*mapped) if hasattr(first, "_fields") else tuple(mapped)
+        return type(first)(*mapped) if hasattr(first, "_fields") else type(first)(mapped)
     if all(isinstance(tree, dict) and not tree for tree in trees):
         return {}
     return pytree.tree_map(function, *trees)

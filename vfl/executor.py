@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from vfl import choices
-from vfl.base import Tree, to_place, tree_map
+from vfl.base import Tree, structure, to_place, tree_map
 from vfl.chunks import ChunkSize, cache_bytes, out_of_memory
 from vfl.cuda_graph import recorder
 from vfl.errors import first_line
@@ -32,9 +31,9 @@ from vfl.tuning import PROGRAMS, Execution, Mode, Tuner
 log = logging.getLogger("vfl")
 
 # So many times a core's second-level cache may a program's chunk take: what its calls cost weighs more than the way to
-# the third level, whose rows come in order; and more still where nothing is read twice. Of a compiled one, for each
-# thread: its calls cost less.
-AGAIN, ONCE = {"trace": 32, "compile": 6}, {"trace": 32, "compile": 16}
+# the third level, whose rows come in order; and more still where nothing is read twice. Of a compiled one, so many for
+# each thread, or for two where rows are read again: its calls cost less.
+AGAIN, ONCE = {"trace": 32, "compile": 12}, {"trace": 32, "compile": 16}
 
 OWN_NOISE = "it draws random numbers that no client's key decides; nn.Dropout, unlike F.dropout, draws them by the key"
 
@@ -44,7 +43,7 @@ class Round:
 
     def __init__(self, number: int, sent: Tree) -> None:
         self.number = number  # of the round, from 1
-        self.kind = pytree.tree_structure(sent)  # what is asked of the clients, and so what they answer, may alternate
+        self.kind = structure(sent)  # what is asked of the clients, and so what they answer, may alternate
         self.sums: Sums | None = None
         self.reports: list[tuple[np.ndarray, Tensor]] = []  # positions in the cohort [C], their reports [C, ...]
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
@@ -91,9 +90,9 @@ class Executor:
                 self._most |= {(mode, False): chunk, (mode, True): chunk}
             elif self._finding:
                 # What a step reads and writes should stay near: model, gradient, new model and a minibatch.
-                caches = cache_bytes() * (many if mode == "compile" else 1)
-                self._most[mode, False] = max(AGAIN[mode] * caches // (3 * model_bytes + batch_bytes), 1)
-                self._most[mode, True] = max(ONCE[mode] * caches // (3 * model_bytes), 1)
+                again, once = (max(many // 2, 1), many) if mode == "compile" else (1, 1)
+                self._most[mode, False] = max(again * AGAIN[mode] * cache_bytes() // (3 * model_bytes + batch_bytes), 1)
+                self._most[mode, True] = max(once * ONCE[mode] * cache_bytes() // (3 * model_bytes), 1)
 
     def run(self, queue: Queue, shared: Shared, round: Round) -> None:
         """Computes the queue's next clients, fewer if memory runs out."""
@@ -177,7 +176,7 @@ class Executor:
                 return "vmap", single, now  # which also shows that nothing depends on a value
             self.tuner.met(now.signature, repeats)
             if self.tuner.wants(kind, now.signature, int(now.counts.max()), _share(queue, now)):
-                many = queue.peek(clients, repeats)
+                many = queue.peek(clients, repeats) if repeats > 1 else now
                 return kind, single, many if many.signature == now.signature else now
         return mode, alone, queue.peek(1 if mode == "loop" else self.chunk.take(queue.alike))
 

@@ -131,6 +131,8 @@ def minibatches(
     keys [C] decide the draw; client c owns the rows starts[c] … starts[c] + sizes[c] − 1. What a client visits depends
     on its own key and size alone, not on who shares its chunk.
     """
+    if (plan := _full(work, keys, starts, sizes)) is not None:
+        return plan
     device = keys.device
     batches, counts = work.batch(sizes), work.counts(sizes)
     steps, largest = max(int(counts.max()), 1), max(int(sizes.max()), 1)
@@ -167,6 +169,20 @@ def minibatches(
     # Padding repeats the client's own first example: another client's may hold NaN, and zero times NaN is NaN.
     rows = (start[:, :, None] + chosen).where(mask, start[:, :, None])
     return Minibatches(rows, mask, mine[:, 0], int(counts.min()), weight)
+
+
+def _full(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray) -> Minibatches | None:
+    """The same where clients of one size pass over minibatches without padding, in a third of the time; else None."""
+    n, batch, steps = (int(a[0]) for a in (sizes, work.batch(sizes[:1]), work.counts(sizes[:1])))
+    if work.draw != "epochs" or work.whole or not 0 < batch < n or n % batch or (sizes != n).any():
+        return None
+    passes = -(-steps * batch // n)
+    if passes > 1 and work.reshuffle != "epoch":
+        return None
+    every = keys.new_full((len(keys),), n)
+    order = draws.shuffled(keys, every[:, None], passes * n, once=passes == 1)[:, : steps * batch]
+    rows = (on_device(starts, keys.device)[:, None] + order).unflatten(1, (steps, batch))
+    return Minibatches(rows, torch.ones_like(rows, dtype=torch.bool), torch.full_like(every, steps), steps)
 
 
 Block = tuple[Tensor, Tensor] | tuple[()]

@@ -27,12 +27,12 @@ class Clock:
         self._phase: str | None = None
         self._since = 0.0
 
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """What runs inside belongs to this phase."""
-        if not self.on:
-            yield
-            return
+        return self._timed(phase) if self.on else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
         outer = self._switch(phase)
         try:
             yield

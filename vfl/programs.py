@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from vfl.base import tree_map
+from vfl.base import filled, leaves, tree_map
 from vfl.chunks import out_of_memory
 from vfl.cuda_graph import Program, Recorder, Replay
 from vfl.errors import first_line
@@ -31,6 +31,8 @@ from vfl.reduce import Sums
 
 log = logging.getLogger("vfl")
 
+_LEAF = torch.empty(0)
+
 Build = Callable[[Program, list[Tensor], list[int]], Program]
 """(a chunk's work, inputs of its shapes, the sizes of the model's parameters) → a faster program for such inputs."""
 
@@ -39,7 +41,7 @@ class Made(NamedTuple):
     """A chunk's whole work as a program: clients, weighted sums and reports."""
 
     call: Program  # of the leaves of Shared, Inputs and Sums
-    result: Any  # the structure of what it gives, an Added
+    result: Added  # of what it gives, the form alone
 
 
 class Programs:
@@ -75,10 +77,9 @@ class Programs:
         One chunk after the other goes through it, which costs the host but a call; each leaves its own.
         Raises TooManyOperatorsError where the program would take more than `most` operators.
         """
-        common, mine, total = pytree.tree_leaves(shared), pytree.tree_leaves(inputs), pytree.tree_leaves(sums)
-        added = []
-        alone = chunk == inputs.rows.shape[-3]
-        for part in [mine] if alone else zip(*(leaf.split(chunk) for leaf in mine), strict=True):
+        common, mine, total = leaves(shared), leaves(inputs), leaves(sums)
+        added, chunks = [], inputs.rows.shape[-3] // chunk
+        for part in [mine] if chunks == 1 else zip(*(leaf.chunk(chunks) for leaf in mine), strict=True):
             flat = [*common, *part, *total]
             if signature not in self._programs:
                 fixed = [leaf is shared.x or leaf is shared.y for leaf in flat]
@@ -86,7 +87,7 @@ class Programs:
                 self._programs[signature] = self._make(bounds, flat, fixed, arguments, most)
             program = self._programs[signature]
             done = program.call(*flat)
-            added.append(cast("Added", pytree.tree_unflatten(done, program.result)))
+            added.append(filled(program.result, done))
             total = done[: len(total)]  # the sums come first in Added
         return added
 
@@ -94,7 +95,7 @@ class Programs:
         flat = _told_apart(flat)
         if self._recorder:  # whose places are dense
             flat = [leaf.contiguous() for leaf in flat]
-        result: list[Any] = []
+        result: list[Added] = []
 
         def program(*flat: Tensor) -> list[Tensor]:
             with Operators(most):
@@ -109,9 +110,8 @@ class Programs:
                 results = by_vmap(self.problem, bounds, shared, inputs)
             fused = self.build is compiled
             added = Added(*add_all(self.problem, sums, results, fused=fused), results[1], kept(self.problem, results))
-            done, structure = pytree.tree_flatten(added)
-            result[:] = [structure]
-            return done
+            result[:] = [tree_map(lambda _: _LEAF, added)]
+            return leaves(added)
 
         made = self.build(program, flat, self.problem.sizes)
         return Made(self._recorded(made, flat, fixed), result[0])

@@ -166,7 +166,7 @@ def reduce(
     # Reading these numbers waits for the device.
     numbers = torch.cat([total, *extras, report, told], dim=-1).to("cpu", torch.float64).numpy()
     rows = numbers[..., 1 + len(names) : -len(tell)].reshape(*lead, cohort, columns)
-    loss, examples, gradients, high, low, finite, *own = np.moveaxis(rows, -1, 0)
+    loss, examples, gradients, high, low, finite, *own = rows.transpose(-1, *range(rows.ndim - 1))
     mean, buffers = None, ()
     if like and (numbers[..., 0] > 0).any():
         n, W = len(like.payload), weight.shape[-1]

@@ -7,6 +7,7 @@
 #pragma GCC optimize("fp-contract=off", "no-trapping-math")  // before the headers, whose functions are part of the loops
 
 #include "../philox.h"
+#include "../splitmix.h"
 
 #include <algorithm>
 #include <cmath>
@@ -36,13 +37,6 @@ inline float number(int64_t bits) {  // of a float64
   double y;
   std::memcpy(&y, &bits, sizeof y);
   return float(y);
-}
-
-inline int64_t first_number(int64_t key) {  // of vfl.random.bits
-  uint64_t z = uint64_t(key) + 0x9E3779B97F4A7C15;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-  return int64_t(z ^ (z >> 31));
 }
 
 inline float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }  // NaN stays NaN
@@ -171,7 +165,7 @@ extern "C" void bernoulli(const float* v, const int64_t* keys, float* out, doubl
   for (int64_t r = 0; r < rows; r++) {
     const float* x = v + r * D;
     float* y = out + r * D;
-    sent[r] = first_number(keys[r]) <= most;
+    sent[r] = splitmix::bits(keys[r], 0) <= most;
     float times = float(sent[r]) * number(factor);
     for (int64_t i = 0; i < D; i++) y[i] = x[i] * times;
   }
