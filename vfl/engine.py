@@ -345,14 +345,13 @@ class Engine:
         at = np.arange(len(ids))[:, None], mine
         ids, weights = ids[at], on_device(torch.tensor(factor[at], dtype=self.dtype), device)
         starts, sizes = self.data.clients.offsets[ids], self.data.clients.sizes(ids)
-        keys = draws = keys[at]
+        keys, draws = keys[at], None
         if self.work.reshuffle == "once":  # no round is −1
             draws = random.fold_in(random.fold_in(state.key.numpy().reshape(-1, 1), -1), ids)
         clients = Clients(mine, ids, counts[at], starts, sizes, keys, draws, weights)
         data = Examples(self.data_x, self.data_y)
         if self.replicas is None:
-            alone = Clients(mine[0], ids[0], counts[at][0], starts[0], sizes[0], keys[0],
-                            draws[0], weights[0])  # fmt: skip
+            alone = Clients._make(part if part is None else part[0] for part in clients)
             return Queue(self.work, alone, state.buffers, lambda some: stores[0].gather(some, device), self.clock,
                          data, self.marks)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -35,12 +36,21 @@ def scheduled(metrics: RoundMetrics, when: Evaluation) -> RoundMetrics:
     Nothing may be judged by these: an interrupted run would then go on otherwise than an uninterrupted one.
     """
 
+    rounds = schedules(when)
+
     def due(name: str) -> bool:
-        found = _EVALUATED.match(name)
-        every = when.every if name in when.metrics else schedules(when)[found[1] or found[2]] if found else 1
+        kind = _kind(name)
+        every = when.every if name in when.metrics else rounds[kind] if kind else 1
         return every > 0 and metrics["round"] % every == 0
 
     return {name: value for name, value in metrics.items() if due(name)}
+
+
+@functools.cache
+def _kind(name: str) -> str | None:
+    """Which of `schedules` a metric follows; None: it is there in every round."""
+    found = _EVALUATED.match(name)
+    return found and (found[1] or found[2])
 
 
 def check_judges(judges: Sequence[str], engine: Engine, when: Evaluation) -> list[str]:

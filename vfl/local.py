@@ -173,8 +173,11 @@ def minibatches(
 
 def _full(work: Work, keys: Tensor, starts: np.ndarray, sizes: np.ndarray) -> Minibatches | None:
     """The same where clients of one size pass over minibatches without padding, in a third of the time; else None."""
-    n, batch, steps = (int(a[0]) for a in (sizes, work.batch(sizes[:1]), work.counts(sizes[:1])))
-    if work.draw != "epochs" or work.whole or not 0 < batch < n or n % batch or (sizes != n).any():
+    n = int(sizes[0])
+    if work.draw != "epochs" or work.whole or (sizes != n).any():
+        return None
+    batch, steps = int(work.batch(sizes[:1])[0]), int(work.counts(sizes[:1])[0])
+    if not 0 < batch < n or n % batch:
         return None
     passes = -(-steps * batch // n)
     if passes > 1 and work.reshuffle != "epoch":

@@ -60,7 +60,7 @@ class Clients(NamedTuple):
     starts: np.ndarray  # [n] first row of their examples
     sizes: np.ndarray  # [n] examples
     keys: np.ndarray  # [n]
-    draws: np.ndarray  # [n] the keys by which their minibatches are drawn
+    draws: np.ndarray | None  # [n] the keys by which their minibatches are drawn; None: by their own
     factor: Tensor  # [n] their weights' factors from the sampler
 
 
@@ -172,11 +172,14 @@ class Queue:
             end = max(min(first + many, first + self.alike), last)
             of = np.s_[..., first:end]
             shape, device = c.now[of].shape, c.factor.device
-            batches = random.fold_in(c.keys[of], 1)
+            own = c.keys[of]
+            draws, batches, updates = random.fold_in(own, np.arange(3).reshape(-1, *[1] * own.ndim))
+            if c.draws is not None:
+                draws = random.fold_in(c.draws[of], 0)
             each = random.fold_in(batches[..., None], np.arange(max(int(c.counts[of].max()), 1)))
-            draws, *keys, each, starts, sizes = (on_device(a, device) for a in (
-                random.fold_in(c.draws[of], 0), c.keys[of], random.fold_in(c.keys[of], 2), batches, each, c.starts[of],
-                c.sizes[of]))  # fmt: skip
+            draws, *keys, each, starts, sizes = (
+                on_device(a, device) for a in (draws, own, updates, batches, each, c.starts[of], c.sizes[of])
+            )
             flat = (draws.flatten(), c.starts[of].reshape(-1), c.sizes[of].reshape(-1))
             plan = minibatches(self.work, *flat, self.marks)
             if len(shape) > 1:
