@@ -281,6 +281,25 @@ def test_auto_times_a_way_in_a_few_chunks_only_and_in_fewer_long_ones():
         assert played(one, {"loop": 3.0 * scale, "vmap": scale}).count("loop") == chunks
 
 
+def test_auto_does_not_trace_where_heavy_steps_leave_too_little_to_save():
+    """It would cost 0.3 seconds, and is expected to save a quarter of 5 milliseconds of each step, which takes 50."""
+    for steps, tried in ((200, False), (400, True)):
+        assert ("trace" in played(tuner(steps), {"loop": 0.5, "vmap": 0.6, "compile": 1.0})) == tried
+
+
+def test_chunks_that_found_their_size_have_warmed_vmap_up():
+    ends = []
+    for warm in (False, True):
+        one = tuner(1e6)
+        for chunk in range(1, 10):
+            one.met(4)
+            one.report("vmap", 4, 40, 10, 40.0, warm=warm and chunk == 1)
+            if one.mode() != "vmap":
+                break
+        ends.append(chunk)
+    assert ends == [2, 1]
+
+
 def test_auto_does_not_compile_shapes_that_do_not_come_back():
     one = tuner(1e9)
     for n in range(50):

@@ -15,7 +15,7 @@ log = logging.getLogger("vfl")
 
 MEMORY_SHARE = 0.5  # of the free memory, the most a chunk may be expected to take
 SHORT = 3  # so many chunks without a full one end the growth
-FIRST = (16, 2**26)  # the first chunk on a CPU: so many clients, or bytes of them
+FIRST = (16, 2**25)  # the first chunk on a CPU: so many clients, or bytes of them
 WORTH = 1.05  # a doubled chunk must be this much faster to be kept
 HEAVY = 0.01  # seconds of a client's step beside which calls cost nothing on a CPU, so that more clients bring nothing;
 COLD = 10  # so many times that in the first chunk, which warms up
@@ -85,6 +85,11 @@ class ChunkSize:
         self._best = (0.0, self.size)  # (local steps a second, size)
         self._most_seconds = HEAVY if device.type == "cpu" else math.inf
 
+    @property
+    def warm(self) -> bool:
+        """Whether chunks have been timed."""
+        return self._best[0] > 0
+
     def take(self, alike: int, size: int | None = None) -> int:
         """How many of the next clients, of which `alike` are alike, form the next chunk; of `size` if that is given."""
         if size is None and not self.settled:
@@ -102,11 +107,15 @@ class ChunkSize:
         """Learns from a finished chunk; `before` is the memory in use when it started."""
         if self.settled:
             return
-        if seconds / steps > self._most_seconds * (1 if self._best[0] else COLD):
-            self._settle(self._best[1] if steps / seconds < WORTH * self._best[0] else clients)
+        rate = steps / seconds
+        if 1 / rate > self._most_seconds * (1 if self.warm else COLD):
+            self._settle(self._best[1] if rate < WORTH * self._best[0] else clients)
+            return
+        if not self.warm and 1 / rate > self._most_seconds:
+            self._best = (rate, clients)  # warmed up, as many show whether they are as slow again
             return
         if clients < self.size:  # the cohorts may never fill it
-            if clients > self._best[1] and steps / seconds < self._best[0]:
+            if clients > self._best[1] and rate < self._best[0]:
                 self._settle(self._best[1])
                 return
             self._short += 1
@@ -114,7 +123,6 @@ class ChunkSize:
                 self._settle(self.size)
             return
         self._short = 0
-        rate = steps / seconds
         if rate < WORTH * self._best[0]:
             self._settle(self._best[1])
             return

@@ -127,9 +127,12 @@ class Executor:
                     torch.cuda.synchronize(self.device)
                 steps, seconds = now.counts, self._clock() - started
                 self.tuner.met(now.signature)
-                self.tuner.report(mode, now.signature, int(steps.sum()), int(steps.max()), seconds)
+                warm = growing and self.chunk.warm
                 if mode == "vmap":
                     self.chunk.report(now.clients, int(steps.sum()), seconds, before)
+                if not growing or now.clients == self.chunk.size:
+                    timed = int(steps.sum()), int(steps.max()), seconds
+                    self.tuner.report(mode, now.signature, *timed, warm=warm)
             return
 
     def learn_layout(self, queue: Queue, shared: Shared, round: Round) -> None:

@@ -34,11 +34,12 @@ class Kind(NamedTuple):
     each: float  # and for each of its operators
     most: int  # operators of a program that is made without being asked for
     margin: float  # how many times its cost it must be expected to save
+    heaviest: float  # seconds of a step, of a longer one these alone, in which it is expected to bring that
 
 
 PROGRAMS: dict[Mode, Kind] = {
-    "trace": Kind(1.3, 0.02, 0.0002, 50_000, 1),
-    "compile": Kind(1.5, 4.0, 0.025, 2_000, 2),  # a minute, on one core
+    "trace": Kind(1.3, 0.02, 0.0002, 50_000, 1, HEAVY / 2),  # calls alone, of which heavier steps have no more
+    "compile": Kind(1.5, 4.0, 0.025, 2_000, 2, math.inf),  # a minute, on one core
 }
 
 
@@ -174,7 +175,7 @@ class Tuner:
             return steps * (1 / best - 1 / rate) > self._cost(mode, depth)
         if mode == "compile" and self._known:  # such runs keep coming, and find the program
             steps += share * self._known.steps
-        return steps / best * (1 - 1 / kind.speedup) > kind.margin * self._cost(mode, depth)
+        return steps * min(1 / best, kind.heaviest) * (1 - 1 / kind.speedup) > kind.margin * self._cost(mode, depth)
 
     def _rate(self, mode: Mode) -> float | None:
         return next((rate for way, rate in self._rates.items() if way.mode == mode), None)
@@ -196,8 +197,13 @@ class Tuner:
         self._compiled.append(seconds)
         self._note()
 
-    def report(self, mode: Mode, signature: Hashable, steps: int, depth: int, seconds: float) -> None:
-        """Learns from a finished chunk of so many local steps in all, `depth` one after the other."""
+    def report(
+        self, mode: Mode, signature: Hashable, steps: int, depth: int, seconds: float, *, warm: bool = False
+    ) -> None:
+        """Learns from a finished chunk of so many local steps in all, `depth` one after the other.
+
+        `warm`: chunks that were not reported have warmed this way up.
+        """
         if self.wanted != "auto" or not self.chunk.settled:
             return
         if mode != self.mode():  # a shape too rare for the mode in force
@@ -205,6 +211,8 @@ class Tuner:
             if self._passed > PATIENCE:
                 self._conclude(signature, depth)
             return
+        if warm and not self._times:
+            self._times.append(0.0)
         self._times.append(steps / seconds)
         self._spent += seconds
         if len(self._times) == 1 or (len(self._times) <= TRIES and self._spent < ENOUGH):
