@@ -49,7 +49,7 @@ class Round:
         self.states: list[tuple[np.ndarray, Tree]] = []  # positions, new client states [C, ...]
         self.messages: list[tuple[np.ndarray, Tree]] = []  # positions, payloads and weights where they are combined
         self.chunk = 0  # the largest
-        self.tried = False  # some clients were timed without a program, so those left split into chunks of other sizes
+        self.tried = False  # in a trial, some had no program, so those left split into chunks of other sizes
         self.steady = True  # nothing was tried or compiled, so that its seconds say what such a round takes
 
 
@@ -181,7 +181,10 @@ class Executor:
             if self.tuner.wants(kind, now.signature, int(now.counts.max()), _share(queue, now)):
                 many = queue.peek(clients, repeats) if repeats > 1 else now
                 return kind, single, many if many.signature == now.signature else now
-        return mode, alone, queue.peek(1 if mode == "loop" else self.chunk.take(queue.alike))
+        clients = 1 if mode == "loop" else self.chunk.take(queue.alike)
+        if programs and self.tuner.learning and clients < queue.alike:
+            round.tried = True  # what is left of these clients is no shape that comes back
+        return mode, alone, queue.peek(clients)
 
     def _by_program(self, mode: Mode, now: Slice, shared: Shared, round: Round) -> list[Added] | None:
         """What the slice's chunks left; None where there is no program for them, and there will be none."""

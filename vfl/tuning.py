@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 
 PROGRAMS: dict[Mode, Kind] = {
-    "trace": Kind(1.3, 0.02, 0.0002, 50_000, 1, HEAVY / 2),  # calls alone, of which heavier steps have no more
+    "trace": Kind(1.5, 0.02, 0.0002, 50_000, 1, HEAVY / 4),  # calls alone, of which heavier steps have no more
     "compile": Kind(1.5, 4.0, 0.025, 2_000, 2, math.inf),  # a minute, on one core
 }
 
@@ -80,7 +80,8 @@ class Tuner:
         self._worth: set[tuple[Mode, Hashable]] = set()  # the shapes whose programs are repaid
         self._passed = 0  # chunks since the trial began that were computed in another way
         shared = [Way("loop", alone=True), Way("vmap", alone=True)] if threads > 1 else []
-        self._untried = [Way("loop"), *shared, *map(Way, PROGRAMS)] if wanted == "auto" else []
+        ways = [Way("loop"), Way("trace"), *shared, Way("compile")]  # what may bring most for what it costs first
+        self._untried = ways if wanted == "auto" else []
         # What an earlier run of this kind has measured:
         self._known = recall(name) if name is not None and wanted == "auto" else None
         self._kept = False  # whether the compiler's cache on disk still holds that run's programs
