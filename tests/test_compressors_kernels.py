@@ -82,12 +82,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def nothing_built() -> Iterator[None]:
-    cached = (kernels._built, random._built, native._warn)
-    for function in cached:
-        function.cache_clear()
+    sources = kernels.NATIVE, random.NATIVE
+    before = [source._built for source in sources]
+    native._warn.cache_clear()
+    for source in sources:
+        source._built = None
     yield
-    for function in cached:
-        function.cache_clear()
+    for source, built in zip(sources, before, strict=True):
+        source._built = built
 
 
 @pytest.fixture
@@ -217,7 +219,7 @@ def test_other_floats_are_left_to_the_operators(dtype, runs):
 
 @pytest.mark.usefixtures("nothing_built")
 def test_small_vectors_need_no_compiler(monkeypatch, runs):
-    monkeypatch.setattr(native, "found", pytest.fail)
+    monkeypatch.setattr(native.Source, "built", lambda _: pytest.fail("built"))
     v = torch.ones(3, native.LARGE - 1)
     for spec in EVERY:
         vmap(compressor(spec, [v.shape[1:]]).compress)(v, KEYS[:3])

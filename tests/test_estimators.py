@@ -413,7 +413,7 @@ def test_shuffled_once_and_resumed_a_client_keeps_its_order() -> None:
 
 @pytest.mark.parametrize("slots", [1, 6, 13, 128, 129, 400, 1000])
 def test_orders_by_machine_code_are_those_by_torch(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if draws._built() is None:
+    if draws.NATIVE.found("shuffled") is None:
         pytest.skip("needs a C++ compiler")
     keys = random.split(random.key(3), 40)
     for sizes in (np.full(40, slots), 1 + np.arange(40) % slots, np.full(40, slots + 3)):

@@ -477,6 +477,14 @@ def test_short_runs_do_not_each_try_again_what_fails_to_compile(tmp_path, monkey
     assert tried == [False, False, False, False, True] * 2
 
 
+def test_where_tracing_fails_compiling_is_tried_all_the_same():
+    one, seconds = tuner(1e9), {"loop": 1.0, "vmap": 0.5, "compile": 0.25}
+    while one.way().mode != "trace":
+        played(one, seconds, 1)
+    one.give_up("trace")
+    assert set(played(one, seconds)) == {"vmap", "compile"} and one.mode() == "compile"
+
+
 def test_a_program_that_lies_on_disk_costs_less_and_what_that_is_is_remembered(tmp_path, monkeypatch):
     """Of 1,000 steps, a program in place of vmap saves 10 seconds."""
     monkeypatch.setenv("VFL_CACHE", str(tmp_path))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vfl import matmul
+from vfl import matmul, native
 from vfl.base import take
 from vfl.programs import compile_graph
 
@@ -219,7 +219,7 @@ def test_a_product_of_which_one_part_is_used_is_no_step(monkeypatch: pytest.Monk
 
 
 def test_programs_of_small_products_build_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_kernel", lambda: pytest.fail("built"))
+    monkeypatch.setattr(matmul.NATIVE, "found", lambda _: pytest.fail("built"))
     inputs = [torch.randn(5, 8), torch.randn(8, 5)]
     assert aten.mm.default in targets(matmul.faster_products(make_fx(torch.mm)(*inputs), inputs))
 
@@ -230,7 +230,9 @@ def test_without_a_compiler_for_it_the_program_keeps_torchs_products(
     def fails() -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(matmul, "_kernel", fails)
+    native._warn.cache_clear()
+    monkeypatch.setattr(matmul, "NATIVE", native.Source(matmul.NATIVE.path, matmul.NATIVE.functions))
+    monkeypatch.setattr(matmul.NATIVE, "built", fails)
     a, b = torch.randn(100, 100), torch.randn(100, 100)
     graph = matmul.faster_products(make_fx(torch.mm)(a, b), [a, b])
     assert aten.mm.default in targets(graph)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from vfl import native, neighbours
+from vfl import neighbours
 from vfl.errors import RankLostError
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open") or native.found(*neighbours.WAIT) is None,
+    not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open") or neighbours.NATIVE.found("meet") is None,
     reason="needs Linux and a C++ compiler",
 )
 

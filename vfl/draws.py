@@ -6,8 +6,6 @@ Letters: C clients, K local steps, B batch, M packed examples, N clients that ha
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,23 @@ MANY = 2**11  # numbers; fewer take as long to put in order as building what doe
 BLOCK = 2**22  # random numbers, or entries of examples, held at once
 UNIT = 2**36  # a client's probabilities are multiples of 1/UNIT; N of them must stay below 2⁶³
 
+NATIVE = native.Source(
+    Path(__file__).with_suffix(".cpp"),
+    {"shuffled": ("const int64_t*", "const int64_t*", "int64_t*", "int64_t", "int64_t")},
+)
+
 
 def shuffled(keys: Tensor, n: Tensor, slots: int, *, once: bool = False) -> Tensor:
     """Uniform permutations of 0 … n − 1, one after the other, for keys [C] and n [C, 1]: int64 [C, slots].
 
     `once` says that every n is `slots`: the same, sooner.
     """
-    if len(keys) * slots >= MANY and slots < 2**24 and keys.device.type == "cpu" and (by := _built()) is not None:
+    if (
+        len(keys) * slots >= MANY
+        and slots < 2**24
+        and keys.device.type == "cpu"
+        and (by := NATIVE.found("shuffled")) is not None
+    ):
         keys, n, order = keys.contiguous(), n.contiguous(), keys.new_empty((len(keys), slots))
         by(keys.data_ptr(), n.data_ptr(), order.data_ptr(), len(keys), slots)
         return order
@@ -38,13 +46,6 @@ def shuffled(keys: Tensor, n: Tensor, slots: int, *, once: bool = False) -> Tens
         return hashes.argsort(dim=1, stable=True)
     slot = torch.arange(slots, device=keys.device)
     return (((slot // n) << 40) | hashes).argsort(dim=1, stable=True) % n
-
-
-@functools.cache
-def _built() -> Callable[..., None] | None:
-    """`shuffled` as machine code; None: it cannot be built here."""
-    types = ("const int64_t*", "const int64_t*", "int64_t*", "int64_t", "int64_t")
-    return native.found(Path(__file__).with_suffix(".cpp"), "shuffled", types)
 
 
 def nice(keys: Tensor, n: Tensor, steps: int, batch: int, largest: int) -> Tensor:

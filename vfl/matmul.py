@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from vfl import choices
+from vfl import choices, native
 from vfl.errors import first_line
-from vfl.native import built
 from vfl.recording import reduce_to_forms
 
 log = logging.getLogger("vfl")
@@ -26,6 +25,11 @@ WORTH = 1.1  # how much faster a kernel of ours must be to replace torch's
 KIND = "products"
 LEAST = 2**16  # multiplications; below, calls cost more than their work
 TRIES = 7
+
+NATIVE = native.Source(
+    Path(__file__).with_suffix(".cpp"),
+    {"products": [*["const float*"] * 4, "const int64_t*", "float*", *["int64_t"] * 13]},
+)
 
 aten = torch.ops.aten
 ours = torch.ops.vfl
@@ -76,7 +80,9 @@ def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, rows
             base_next, factor_next = base.stride(0), factor.stride(0) if factor.dim() else 0
     if rows is not None:
         rows = rows.contiguous()
-    _kernel()(
+    kernel = NATIVE.found("products")
+    assert kernel is not None  # as `faster_products` has seen
+    kernel(
         a.data_ptr(), b.data_ptr(), 0 if base is None else base.data_ptr(), 0 if factor is None else factor.data_ptr(),
         0 if rows is None else rows.data_ptr(), out.data_ptr(),
         z[0] if z else 1, m, b.shape[-2] if rows is None or transposed else rows.shape[-1], n,
@@ -85,13 +91,6 @@ def _call(a: Tensor, b: Tensor, base: Tensor | None, factor: Tensor | None, rows
         base_next, factor_next, transposed, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def _kernel() -> Callable[..., None]:
-    """matmul.cpp as machine code."""
-    types = ["const float*"] * 4 + ["const int64_t*", "float*"] + ["int64_t"] * 13
-    return built(Path(__file__).with_suffix(".cpp"), "products", types)
 
 
 Shape = Callable[..., Sequence[Any]]  # of the output, by the inputs' shapes
@@ -160,12 +159,15 @@ def faster_products(module: GraphModule, inputs: list[Tensor], *, lowered: bool 
     nodes = [node for node in nodes if _large(node)]
     if not nodes:
         return module
+    if NATIVE.found("products") is None:
+        return module
     try:
-        _kernel()
         if lowered:
             _lowered()
-    except Exception as error:  # of a compiler, or of a torch whose insides differ
-        log.warning("building vfl's matrix products failed, so torch's are used (%s)", first_line(error))
+    except Exception as error:  # of a torch whose insides differ
+        log.warning(
+            "this torch's compiler cannot call vfl's matrix products, so torch's are used (%s)", first_line(error)
+        )
         return module
     for node in nodes:
         *bias, left, right = cast("tuple[Node, ...]", node.args)

@@ -28,13 +28,13 @@ from vfl.errors import RankLostError
 
 SLOT = 2**20  # bytes a rank; longer sums are made slot by slot
 LINE = 64  # bytes of a processor's cache that are its own
-LOOKS = 4000  # at the others, before anything else may be done here: about a millisecond
-PATIENCE = 0.01  # seconds of looking all the time; whoever waits longer sleeps between looks
+LOOKS = 2000  # at the others, before anything else may be done here: some tenths of a millisecond
+PATIENCE = 5e-4  # seconds of looking all the time; whoever waits longer sleeps between looks
 NAP = 5e-5  # seconds
-WAIT = (
-    Path(__file__).with_suffix(".cpp"), "meet",
-    ("int64_t*", "int64_t", "int64_t", "int64_t", "int64_t", "int64_t*"),
-)  # fmt: skip
+NATIVE = native.Source(
+    Path(__file__).with_suffix(".cpp"),
+    {"meet": ("int64_t*", "int64_t", "int64_t", "int64_t", "int64_t", "int64_t*")},
+)
 
 
 class Neighbours:
@@ -101,7 +101,7 @@ def meet(rank: int, world: int, store: Store) -> Neighbours | None:
     Raises RankLostError where one of them has ended.
     """
     with contextlib.ExitStack() as held:
-        wait = native.found(*WAIT)
+        wait = NATIVE.found("meet")
         try:
             os.close(os.pidfd_open(os.getpid()))
             memory = _made(world, store, held) if rank == 0 else _found(world, store)

@@ -12,7 +12,6 @@ what small tensors' operations cost.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import pi, prod
 from pathlib import Path
@@ -137,11 +136,14 @@ def _mixed(n: int) -> int:
 # Philox row filled by numpy costs a tenth of the hash in eager tensor operations. Uniform float32, the most of what is
 # drawn, comes from random.cpp, the same numbers in less than half of numpy's time; so do subsets.
 
-SIGNATURES = {
-    "uniform": ("const int64_t*", "float*", "int64_t", "int64_t", "int64_t"),
-    "toss": ("int64_t", "int64_t", "uint8_t*", "int64_t"),
-    "flip": ("uint8_t*", "int64_t", "const int64_t*", "int64_t", "int64_t"),
-}
+NATIVE = native.Source(
+    Path(__file__).with_suffix(".cpp"),
+    {
+        "uniform": ("const int64_t*", "float*", "int64_t", "int64_t", "int64_t"),
+        "toss": ("int64_t", "int64_t", "uint8_t*", "int64_t"),
+        "flip": ("uint8_t*", "int64_t", "const int64_t*", "int64_t", "int64_t"),
+    },
+)
 
 
 def _streams(key: Tensor) -> Iterator[tuple[int, np.random.Generator]]:
@@ -167,17 +169,11 @@ def _rows(
 @torch.library.custom_op("vfl::uniform", mutates_args=(), device_types="cpu")
 def _uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     n = prod(shape)
-    if n < native.LARGE or dtype != torch.float32 or (fill := _built("uniform")) is None:
+    if n < native.LARGE or dtype != torch.float32 or (fill := NATIVE.found("uniform")) is None:
         return _rows(key, shape, dtype, lambda draw: draw.random)
     key, out = key.contiguous(), key.new_empty((*key.shape, *shape), dtype=dtype)
     fill(key.data_ptr(), out.data_ptr(), key.numel(), n, torch.get_num_threads())
     return out
-
-
-@functools.cache
-def _built(name: str) -> Callable[..., None] | None:
-    """A function of random.cpp as machine code; None: it cannot be built here, and numpy serves."""
-    return native.found(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])
 
 
 @torch.library.custom_op("vfl::normal", mutates_args=(), device_types="cpu")
@@ -220,7 +216,7 @@ def _tossed(key: int, draw: np.random.Generator, k: int, row: np.ndarray) -> Non
     # Sixteen-bit coins choose about k; a uniform set of those in excess is taken back, of those missing added.
     n, philox = len(row), cast(np.random.Philox, draw.bit_generator)
     words, below = -(-n // 4), round(2**16 * k / n)
-    toss, flip = (_built(name) if n >= native.LARGE else None for name in ("toss", "flip"))
+    toss, flip = (NATIVE.found(name) if n >= native.LARGE else None for name in ("toss", "flip"))
     if toss is not None:
         toss(key, below, row.ctypes.data, n)
         philox.advance(words // 4)  # in blocks of four, to where drawing the words would have brought it

@@ -183,15 +183,16 @@ class Tuner:
 
     def give_up(self, mode: Mode) -> None:
         """Goes on without such programs, or, where vmap itself cannot run this, one client at a time."""
-        lost = MODES[MODES.index(mode) : -1]  # what comes before a program is what it needs; the loop is left
+        lost = ("vmap", *PROGRAMS) if mode == "vmap" else (mode,)  # a program is made of what vmap runs
         if mode == "vmap":
             self.eager = Way("loop", self.way().alone)
-        elif self._known:  # else each of many short runs would try what fails
+        elif mode == "compile" and self._known:  # else each of many short runs would try what fails
             self._known, self._planned = self._known._replace(steps=0.0), 0.0
             self._note()
         left = {way: rate for way, rate in self._rates.items() if way.mode not in lost}
         self.best = max(left, key=left.__getitem__, default=self.eager)
-        self._trial, self._untried = None, []
+        self._trial = None
+        self._untried = [] if mode == "vmap" else [way for way in self._untried if way.mode not in lost]
 
     def compiled(self, seconds: float) -> None:
         """Learns what compiling a program took."""

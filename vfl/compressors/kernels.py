@@ -6,7 +6,6 @@ None where they have to serve. v is [..., D], key [...].
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,17 +16,20 @@ from torch import Tensor
 from vfl import native
 from vfl.operation import watched
 
-SIGNATURES = {
-    "sign": ("const float*", "float*", *["int64_t"] * 3),
-    "quantize": ("const float*", "const int64_t*", "const double*", "float*", "int64_t*", *["int64_t"] * 5),
-    "largest": ("const float*", "float*", *["int64_t"] * 3),
-    "standard_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
-    "natural_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
-    "natural": ("const float*", "const int64_t*", "float*", *["int64_t"] * 3),
-    "bernoulli": ("const float*", "const int64_t*", "float*", "double*", *["int64_t"] * 5),
-    "chosen": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
-    "masked": ("const float*", "const uint8_t*", "float*", *["int64_t"] * 4),
-}
+NATIVE = native.Source(
+    Path(__file__).with_suffix(".cpp"),
+    {
+        "sign": ("const float*", "float*", *["int64_t"] * 3),
+        "quantize": ("const float*", "const int64_t*", "const double*", "float*", "int64_t*", *["int64_t"] * 5),
+        "largest": ("const float*", "float*", *["int64_t"] * 3),
+        "standard_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
+        "natural_dithering": ("const float*", "const int64_t*", "const float*", "float*", *["int64_t"] * 4),
+        "natural": ("const float*", "const int64_t*", "float*", *["int64_t"] * 3),
+        "bernoulli": ("const float*", "const int64_t*", "float*", "double*", *["int64_t"] * 5),
+        "chosen": ("const float*", "const int64_t*", "float*", *["int64_t"] * 5),
+        "masked": ("const float*", "const uint8_t*", "float*", *["int64_t"] * 4),
+    },
+)
 
 
 def sign(v: Tensor) -> Tensor | None:
@@ -145,10 +147,4 @@ def _run(kernel: Callable[..., None], *given: Tensor | int | None) -> None:
 def _kernel(name: str, v: Tensor) -> Callable[..., None] | None:
     """This kernel, if v is large, in float32, on a CPU, and nobody watches torch's operators."""
     plain = v.dtype == torch.float32 and v.device.type == "cpu" and v.shape[-1] >= native.LARGE
-    return _built(name) if plain and not watched(v) else None
-
-
-@functools.cache
-def _built(name: str) -> Callable[..., None] | None:
-    """A function of kernels.cpp as machine code; None: it cannot be built here."""
-    return native.found(Path(__file__).with_suffix(".cpp"), name, SIGNATURES[name])
+    return NATIVE.found(name) if plain and not watched(v) else None
