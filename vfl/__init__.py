@@ -22,7 +22,7 @@ from vfl.compressors import Compressed, Compressor, compressor
 from vfl.delays import Delays
 from vfl.devices import Devices
 from vfl.distributed import Ranks, launched
-from vfl.engine import Engine, State
+from vfl.engine import Engine
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import evaluate, evaluate_clients, objective
 from vfl.learned_weights import LearnedWeights
@@ -40,6 +40,7 @@ from vfl.robust import Aggregator, aggregator
 from vfl.samplers import Cohort, Sampler, sampler
 from vfl.schedules import Schedule, schedule
 from vfl.simulate import Evaluation, Result, rounds, simulate
+from vfl.state import State
 from vfl.stopping import Stopping
 from vfl.task import Aux, Batch, Task, accuracy, binary_accuracy, cross_entropy, logistic, squared_error, task
 from vfl.theory import Setting, by_theory

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from vfl import runs
 from vfl.base import Tree, leaves, named_leaves
 from vfl.distributed import Ranks
-from vfl.engine import State, Totals
 from vfl.errors import UsageError
+from vfl.state import State, Totals
 
 FORMAT = "vfl-checkpoint-1"
 

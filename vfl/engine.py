@@ -11,7 +11,7 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from vfl.queue import Clients, Queue
 from vfl.reduce import reduce
 from vfl.replicas import Replication, with_values
 from vfl.samplers import Amount, Cohort, Sampler, sampler
+from vfl.state import State, Totals
 from vfl.store import Store, Stores
 from vfl.task import Task
 from vfl.tuning import Execution
@@ -44,31 +45,6 @@ log = logging.getLogger("vfl")
 
 RoundMetrics = dict[str, Any]
 """One round's numbers by name; see `rounds`."""
-
-
-class Totals(NamedTuple):
-    """Sums over all rounds so far; one number a replica where there are any."""
-
-    bits_up: float | list[float] = 0.0
-    bits_down: float | list[float] = 0.0
-    gradients: float | list[float] = 0.0
-
-
-class State(NamedTuple):
-    """Everything a run needs to go on; with replicas, its tensors are [R, ...]."""
-
-    round: int  # rounds done
-    key: Tensor  # [] the run's key, on the host
-    server: Any  # the algorithm's server state; its field x [D] is the model
-    buffers: tuple[Tensor, ...]  # the module's buffers
-    store: Store | Stores  # client states
-    totals: Totals
-
-    def replica(self, r: int) -> State:
-        """Replica r's state, as a run of its own would have it."""
-        key, server, buffers = tree_map(operator.itemgetter(r), (self.key, self.server, self.buffers))
-        store = self.store.each[r] if isinstance(self.store, Stores) else self.store
-        return State(self.round, key, server, buffers, store, Totals(*(np.asarray(t)[r].item() for t in self.totals)))
 
 
 class Engine:

@@ -19,11 +19,12 @@ from vfl import random
 from vfl.base import Algorithm, Model, Personal, Tree, leaves, tree_map
 from vfl.chunks import out_of_memory
 from vfl.data.container import Examples, Packed
-from vfl.engine import Engine, State
+from vfl.engine import Engine
 from vfl.errors import UsageError
 from vfl.evaluation import BATCH, PerClient, metric_names, spread
 from vfl.local import Batches, Work, descend, minibatches
 from vfl.optimizers import optimizer
+from vfl.state import State
 from vfl.store import Store
 from vfl.task import Batch, Task
 from vfl.wrappers import Context

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vfl.base import Algorithm, Tree, nested, tree_map, with_model
-from vfl.engine import RoundMetrics, State
+from vfl.engine import RoundMetrics
 from vfl.errors import UsageError, unknown
 from vfl.replicas import Varied, over_grid
+from vfl.state import State
 from vfl.stopping import criterion
 from vfl.task import Task
 from vfl.training import AlgorithmConfig

@@ -13,7 +13,7 @@ from vfl.base import Algorithm
 from vfl.chunks import Memory
 from vfl.data.container import FederatedData
 from vfl.distributed import Ranks
-from vfl.engine import Engine, RoundMetrics, State
+from vfl.engine import Engine, RoundMetrics
 from vfl.evaluation import check_metrics, evaluate, evaluate_clients, measure
 from vfl.judging import check_judges, scheduled, schedules
 from vfl.local import BatchSize, Draw, Reshuffle, Work
@@ -21,6 +21,7 @@ from vfl.personal import evaluate_personal
 from vfl.plateau import Plateau
 from vfl.replicas import Replication, over_grid, stacked, summarized
 from vfl.samplers import Amount
+from vfl.state import State
 from vfl.stopping import Standing, Stopping
 from vfl.task import Task
 from vfl.training import AlgorithmConfig

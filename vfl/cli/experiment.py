@@ -15,7 +15,7 @@ from vfl.cli.call import Call
 from vfl.cli.options import RunOptions
 from vfl.data import FederatedData, federated
 from vfl.distributed import Ranks
-from vfl.engine import Engine, State
+from vfl.engine import Engine
 from vfl.errors import UsageError
 from vfl.models import model
 from vfl.pretrained import pretrained
@@ -23,6 +23,7 @@ from vfl.problems import LinearProblem
 from vfl.regularizers import regularizer
 from vfl.simulate import Evaluation, make_engine
 from vfl.spec import parse
+from vfl.state import State
 from vfl.task import Loss, Task, cross_entropy, logistic, squared_error, task
 from vfl.terminal import number as shown
 from vfl.theory import by_theory

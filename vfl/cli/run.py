@@ -23,7 +23,6 @@ from vfl.cli.launch import follow_launcher, launch, rank_count
 from vfl.cli.signals import first_signal
 from vfl.display import progress
 from vfl.distributed import Ranks, launched, local_device
-from vfl.engine import State
 from vfl.errors import ClientError, DivergedError, UsageError
 from vfl.evaluation import check_metrics
 from vfl.judging import check_judges, scheduled
@@ -33,6 +32,7 @@ from vfl.precision import tf32
 from vfl.profiling import summary, traced
 from vfl.replicas import by_setting, parse_grid
 from vfl.simulate import play
+from vfl.state import State
 from vfl.stopping import Standing, Stopping, agreed
 from vfl.terminal import number as shown
 from vfl.tracking import tracker_names, trackers
