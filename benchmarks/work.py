@@ -56,7 +56,7 @@ size): the softmax regression, the 2NN and the CNN of McMahan et al. (1602.05629
 which scores the next character at every position, and ResNet-18 with group norm for images of 32×32."""
 SMALL = ("softmax", "mlp", "cnn")
 """The models that every system has."""
-ROUNDS = {"softmax": 50, "mlp": 30, "cnn": 5, "lstm": 5, "resnet18": 3}
+ROUNDS = {"softmax": 200, "mlp": 30, "cnn": 5, "lstm": 5, "resnet18": 3}
 """Rounds played where `Work.rounds` is 0: enough for a median."""
 
 
@@ -67,7 +67,7 @@ class Work:
     clients: int = 100
     """Clients C, all of them in every round."""
     rounds: int = 0
-    """Rounds; 0: 50 for softmax, 30 for mlp, 5 for cnn and lstm, 3 for resnet18."""
+    """Rounds; 0: 200 for softmax, 30 for mlp, 5 for cnn and lstm, 3 for resnet18."""
     examples: int = 60
     """Examples n a client; a multiple of the batch."""
     batch: int = 20
