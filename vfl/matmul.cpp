@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -34,13 +35,16 @@ inline void put_all(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
 
 #if defined(__AVX512F__)
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Vector spread(const float* from) { return (Vector)_mm512_set1_ps(*from); }  // which loads it so
 inline Vector first(const float* from, int count) { return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from); }
 inline void put_first(float* to, Vector v, int count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)v); }
 #else
 #if defined(__AVX2__) && defined(__FMA__)
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Vector spread(const float* from) { return (Vector)_mm256_set1_ps(*from); }
 #else
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector spread(const float* from) { return Vector{} + *from; }
 #endif
 inline Vector first(const float* from, int count) {
   Vector v = {};
@@ -83,23 +87,27 @@ void outer_tile(const Product& p, int64_t i, int64_t j, int last) {
     for (int v = 0; v < V; v++) line[v] = get(from + v * W, v == V - 1 ? last : W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      Vector x = Vector{} + a[r * p.a_row];
+      Vector x = spread(a + r * p.a_row);
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) sum[r][v] = multiply_add(x, line[v], sum[r][v]);
     }
   }
-  Vector factor = Vector{} + p.factor;
+  auto finish = [&](auto whole) {
+    Vector factor = Vector{} + p.factor;
+    const float* base = p.base ? p.base + i * p.n + j : nullptr;
+    float* c = p.c + i * p.n + j;
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    int64_t at = (i + r) * p.n + j;
+    for (int r = 0; r < R; r++, c += p.n) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      int count = v == V - 1 ? last : W;
-      Vector x = sum[r][v];
-      if (p.base) x = multiply_add(factor, x, get(p.base + at + v * W, count));
-      put(p.c + at + v * W, x, count);
+      for (int v = 0; v < V; v++) {
+        int count = whole || v < V - 1 ? W : last;
+        Vector x = sum[r][v];
+        if (base) x = multiply_add(factor, x, get(base + r * p.n + v * W, count));
+        put(c + v * W, x, count);
+      }
     }
-  }
+  };
+  last == W ? finish(std::true_type{}) : finish(std::false_type{});
 }
 
 template <int R>
