@@ -7,7 +7,7 @@ sums the weighted messages over chunks and ranks, and hands their mean to `serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -250,7 +250,7 @@ def leaves(tree: Tree) -> list[Tensor]:
     return pytree.tree_leaves(tree)
 
 
-def filled(like: Tree, values: list[Tensor]) -> Tree:
+def filled(like: Tree, values: Iterable[Tensor]) -> Tree:
     """A tree of this shape that has these tensors, in order."""
     each = iter(values)
     return tree_map(lambda _: next(each), like)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from vfl import runs
-from vfl.base import Tree, leaves, named_leaves
+from vfl.base import Tree, filled, leaves, named_leaves
 from vfl.distributed import Ranks
 from vfl.errors import UsageError
 from vfl.state import State, Totals
@@ -103,4 +102,4 @@ def _restore(prefix: str, like: Tree, tensors: dict[str, Tensor], path: Path) ->
             raise UsageError(f"{path} belongs to another configuration: {name} is {found} there and "
                              f"{list(leaf.shape)} {leaf.dtype} now")  # fmt: skip
         restored.append(value.to(leaf.device))
-    return pytree.tree_unflatten(restored, pytree.tree_structure(like))
+    return filled(like, restored)

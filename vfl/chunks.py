@@ -107,12 +107,12 @@ class ChunkSize:
         """Learns from a finished chunk; `before` is the memory in use when it started."""
         if self.settled:
             return
-        rate = steps / seconds
-        if 1 / rate > self._most_seconds * (1 if self.warm else COLD):
-            self._settle(self._best[1] if rate < WORTH * self._best[0] else clients)
-            return
-        if not self.warm and 1 / rate > self._most_seconds:
-            self._best = (rate, clients)  # warmed up, as many show whether they are as slow again
+        rate, step = steps / seconds, seconds / steps
+        if step > self._most_seconds:
+            if self.warm or step > COLD * self._most_seconds:
+                self._settle(self._best[1] if rate < WORTH * self._best[0] else clients)
+            else:
+                self._best = (rate, clients)  # warmed up, as many show whether they are as slow again
             return
         if clients < self.size:  # the cohorts may never fill it
             if clients > self._best[1] and rate < self._best[0]:

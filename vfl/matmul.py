@@ -157,18 +157,16 @@ def faster_products(module: GraphModule, inputs: list[Tensor], *, lowered: bool 
         return module
     reduce_to_forms(module)
     nodes = [node for node in nodes if _large(node)]
-    if not nodes:
+    if not nodes or NATIVE.found("products") is None:
         return module
-    if NATIVE.found("products") is None:
-        return module
-    try:
-        if lowered:
+    if lowered:
+        try:
             _lowered()
-    except Exception as error:  # of a torch whose insides differ
-        log.warning(
-            "this torch's compiler cannot call vfl's matrix products, so torch's are used (%s)", first_line(error)
-        )
-        return module
+        except Exception as error:  # of a torch whose insides differ
+            log.warning(
+                "torch's compiler cannot call vfl's matrix products, so its own are used (%s)", first_line(error)
+            )
+            return module
     for node in nodes:
         *bias, left, right = cast("tuple[Node, ...]", node.args)
         a, b = _value(left), _value(right)

@@ -27,7 +27,7 @@ NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcp
 OPTIONS = ("-std=c++17", "-O3", NATIVE, "-fopenmp", "-fPIC", "-shared")
 
 LARGE = 2**12
-"""Numbers of a vector; for smaller ones a run saves less than the half second that building takes."""
+"""Numbers of a vector; for smaller ones a run saves less than the second that building takes."""
 
 # Called with whole numbers, of which pointers are some: a call costs a tenth of one by ctypes.
 BINDING = """

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from vfl.base import filled, leaves, tree_map
 from vfl.chunks import out_of_memory
@@ -83,7 +82,7 @@ class Programs:
             flat = [*common, *part, *total]
             if signature not in self._programs:
                 fixed = [leaf is shared.x or leaf is shared.y for leaf in flat]
-                arguments = pytree.tree_structure((shared, inputs, sums))
+                arguments = _form((shared, inputs, sums))
                 self._programs[signature] = self._make(bounds, flat, fixed, arguments, most)
             program = self._programs[signature]
             done = program.call(*flat)
@@ -102,7 +101,7 @@ class Programs:
                 return traced(*flat)
 
         def traced(*flat: Tensor) -> list[Tensor]:
-            shared, inputs, sums = pytree.tree_unflatten(flat, arguments)
+            shared, inputs, sums = filled(arguments, flat)
             if inputs.key.shape == (1,):  # a lone client's matrix products are plain ones
                 mine = tree_map(operator.itemgetter(0), inputs)
                 results = tree_map(lambda leaf: leaf[None], one_client(self.problem, bounds, shared, mine))
@@ -110,7 +109,7 @@ class Programs:
                 results = by_vmap(self.problem, bounds, shared, inputs)
             fused = self.build is compiled
             added = Added(*add_all(self.problem, sums, results, fused=fused), results[1], kept(self.problem, results))
-            result[:] = [tree_map(lambda _: _LEAF, added)]
+            result[:] = [_form(added)]
             return leaves(added)
 
         made = self.build(program, flat, self.problem.sizes)
@@ -128,6 +127,11 @@ class Programs:
             log.warning("CUDA graphs fail here, so compiled programs run kernel by kernel (%s)", first_line(error))
             self._recorder = None
             return lambda *now: program(*(leaf.contiguous() for leaf in now))
+
+
+def _form(tree: Any) -> Any:
+    """The tree with nothing in it: what `filled` fills."""
+    return tree_map(lambda _: _LEAF, tree)
 
 
 def _told_apart(inputs: list[Tensor]) -> list[Tensor]:

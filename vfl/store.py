@@ -7,9 +7,8 @@ import operator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from vfl.base import Tree, leaves, on_device, to_place, tree_map
+from vfl.base import Tree, filled, leaves, on_device, to_place, tree_map
 
 
 class Store:
@@ -47,7 +46,7 @@ class Store:
                 taken = rows.index_select(0, known)
                 taken[new] = first
             stacked.append(to_place(taken, device))
-        return pytree.tree_unflatten(stacked, pytree.tree_structure(self.template))
+        return filled(self.template, stacked)
 
     def scatter(self, ids: np.ndarray, states: Tree, keep: Tensor) -> None:
         """Writes the states [len(ids), ...] of the clients for which keep [len(ids)] is true."""
@@ -73,7 +72,7 @@ class Store:
         """Takes over saved rows [R, ...]: every world-th of them is this rank's."""
         self.owners = {i: n % world for n, i in enumerate(ids.tolist())}
         mine = np.arange(rank, len(ids), world)
-        tree = pytree.tree_unflatten([s[mine] for s in states], pytree.tree_structure(self.template))
+        tree = filled(self.template, [s[mine] for s in states])
         self.scatter(ids[mine], tree, torch.ones(len(mine), dtype=torch.bool))
 
     def _reserve(self, count: int) -> None:

@@ -8,10 +8,9 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from vfl import random
-from vfl.base import Algorithm, Broadcast, Message, Metrics, Tree, leaves
+from vfl.base import Algorithm, Broadcast, Message, Metrics, Tree, filled, leaves
 from vfl.compressors import Compressor, compressor
 from vfl.errors import UsageError
 from vfl.local import Batches, Direction, descend, float_bits
@@ -168,9 +167,8 @@ def _compressed(c: Compressor, tree: Tree, shape: torch.Size, key: Tensor | None
     """The tree with C applied to its leaves of this shape, the n-th with the n-th key, and the bits [] of it all."""
     if c.name == IDENTITY or key is None:
         return tree, float_bits(tree)
-    values, structure = leaves(tree), pytree.tree_structure(tree)
     sent = [
         c.compress(leaf, random.fold_in(key, n)) if leaf.shape == shape else (leaf, float_bits(leaf))
-        for n, leaf in enumerate(values)
+        for n, leaf in enumerate(leaves(tree))
     ]
-    return pytree.tree_unflatten([value for value, _ in sent], structure), torch.stack([bits for _, bits in sent]).sum()
+    return filled(tree, [value for value, _ in sent]), torch.stack([bits for _, bits in sent]).sum()
